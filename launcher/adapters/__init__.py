@@ -1,0 +1,1 @@
+"""Afterwards: compare, merge, export and serve adapters."""

@@ -1,0 +1,1 @@
+"""What was decided: candidates, estimates, the plan and the DeepSpeed configuration."""

@@ -1,0 +1,209 @@
+"""The plan: frozen values that say what was decided and what it is predicted to cost.
+
+No logic lives here beyond JSON both ways. `plan_to_json` writes the document of `launcher plan --json`
+(schema 1: bytes and seconds, stable keys); `plan_from_json` reads it back, so that `plan.json` in a run
+folder is the same document and a worker needs nothing else to know what it is to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A prediction: low <= expected <= high, all in the unit of the field that holds it."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraNumbers:
+    """Low-rank adapter, every number explicit (PEFT LoraConfig names)."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantNumbers:
+    """4-bit base of qlora (bitsandbytes names; dtypes as bf16 | fp16 | fp32)."""
+
+    quant_type: str
+    double_quant: bool
+    compute_dtype: str
+    storage_dtype: str
+    """uint8, or the compute dtype where ZeRO-3 has to shard the packed weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buckets:
+    """DeepSpeed buffer sizes, in elements (not bytes), sized from the model."""
+
+    reduce_elements: int
+    allgather_elements: int
+    prefetch_elements: int
+    persistence_elements: int
+    max_live_elements: int
+    max_reuse_elements: int
+    sub_group_elements: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One way to run the recipe, every number explicit."""
+
+    method: str
+    gpu: str
+    """GPU catalogue name, or "cpu"."""
+    device: str
+    """cuda | cpu."""
+    nodes: int
+    gpus_per_node: int
+    """Ranks per node: GPUs, or CPU ranks where there is no GPU."""
+    zero_stage: int
+    """0 = plain torch (DDP), 1-3 = DeepSpeed."""
+    offload_optimizer: str
+    """none | cpu | nvme."""
+    offload_param: str
+    """none | cpu | nvme."""
+    nvme_path: str | None
+    micro_batch: int
+    """Sequences per forward pass of one rank."""
+    gradient_accumulation: int
+    """Micro-batches per optimizer step and rank."""
+    gradient_checkpointing: bool
+    checkpointing_reentrant: bool
+    """True where ZeRO-3 meets frozen weights: the non-reentrant form crashes there."""
+    precision: str
+    """bf16 | fp16 | fp32."""
+    attn_implementation: str
+    seq_len: int
+    packing: bool
+    optim: str
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    lora: LoraNumbers | None
+    num_virtual_tokens: int | None
+    quant: QuantNumbers | None
+    buckets: Buckets
+
+    @property
+    def world_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step over all ranks."""
+        return self.micro_batch * self.gradient_accumulation * self.world_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes per GPU, term by term."""
+
+    terms_bytes: dict[str, int]
+    """weights, gradients, optimizer, activations, logits, gathered, buffers, runtime."""
+    peak_bytes: Interval
+    """What the framework's allocator reports as peak allocated."""
+    device_bytes: Interval
+    """What the whole device shows: allocator reserve, context, communication buffers."""
+    usable_bytes: int
+    binding: str
+    """The moment that sets the peak, such as "optimizer step"."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Money, in the user's currency; amount is None without a price."""
+
+    amount: float | None
+    price_per_gpu_hour: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A candidate with its predictions."""
+
+    candidate: Candidate
+    trainable_params: int
+    fits: bool
+    memory: MemoryEstimate
+    host_ram_bytes_per_node: int
+    checkpoint_bytes: int
+    step_s: Interval
+    tokens_per_s_per_gpu: float
+    steps: int
+    """Optimizer steps of the whole run."""
+    wall_s: float
+    gpu_hours: float
+    cost: Cost
+    rejected_because: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """One decision with its reason."""
+
+    rule: str
+    field: str
+    value: Any
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Warning_:
+    """Something that will run but should be looked at; `code` is stable."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataNumbers:
+    """What was known of the data when the plan was made."""
+
+    rows: int
+    tokens: int
+    """Tokens of one epoch, before packing or padding."""
+    basis: str
+    """How tokens were found: counted | sampled | characters | hint | assumed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobShape:
+    """What the job asks of the cluster beyond nodes and GPUs."""
+
+    time_limit_min: int
+    cpus_per_task: int
+    mem: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything that was decided for one recipe."""
+
+    recipe: str
+    model: str
+    params: int
+    chosen: Estimate
+    alternatives: tuple[Estimate, ...]
+    advice: tuple[Advice, ...]
+    warnings: tuple[Warning_, ...]
+    data: DataNumbers
+    job: JobShape
+    site: str

@@ -1,0 +1,1 @@
+"""What was asked: the recipe, its schema and its loader."""
