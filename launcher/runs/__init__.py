@@ -1,0 +1,1 @@
+"""What happened: run folders, submission and the state of jobs."""

@@ -1,0 +1,194 @@
+"""RunFolder: every file name of a run, atomic writes and the attempts ledger.
+
+The run folder is the only state of a run (docs/architecture.md, decision 2). Light: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
+"""No 0/o, 1/l/i: run names are read aloud and typed."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` beside `path`, fsync and rename, so that readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON line with a single write, so that lines of two writers never mix."""
+    line = (json.dumps(value, sort_keys=True) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a JSON-lines file; a torn last line is skipped."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n") and line.strip():
+                yield json.loads(line)
+
+
+def new_run_id() -> str:
+    """Five random characters; unique enough inside one output folder, checked by mkdir."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(5))
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Names of everything inside `runs/<name>-<id>/`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, parent: Path, name: str) -> RunFolder:
+        """Make a new run folder (mode 0700) with its empty sub-folders.
+
+        Raises:
+            FileExistsError: never in practice; after 20 collisions of the random id.
+            OSError: the parent cannot be written.
+        """
+        parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(20):
+            path = parent / f"{name}-{new_run_id()}"
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            folder = cls(path.resolve())
+            for sub in (folder.checkpoints, folder.logs, folder.rendezvous, folder.submission):
+                sub.mkdir(mode=0o700)
+            return folder
+        raise FileExistsError(f"no free run id under {parent}")
+
+    @property
+    def run_id(self) -> str:
+        """Folder name; also the W&B run id."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as written by the user."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with every "auto" filled in."""
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """`launcher plan --json` of this run."""
+        return self.path / "plan.json"
+
+    @property
+    def ds_config(self) -> Path:
+        """DeepSpeed configuration; absent at stage 0."""
+        return self.path / "ds_config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Git commit, diff, packages; no secrets."""
+        return self.path / "environment.json"
+
+    @property
+    def job(self) -> Path:
+        """The JobRequest that was submitted, with the job id it got."""
+        return self.path / "job.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Append-only ledger, one line per event of an attempt."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step, evaluation or event."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """What rank 0 is doing now; rewritten atomically."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def result(self) -> Path:
+        """Success is this file; never Slurm's word alone."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds step-000100/ and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Holds <jobid>_<rank>.out."""
+        return self.path / "logs"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Address files of attempts."""
+        return self.path / "rendezvous"
+
+    @property
+    def submission(self) -> Path:
+        """submitit's own files."""
+        return self.path / "submission"
+
+    @property
+    def adapter(self) -> Path:
+        """Final adapter, exactly as PEFT loads it."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """Final safetensors model folder of full fine-tuning."""
+        return self.path / "model"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def log(self, job_id: str, rank: int) -> Path:
+        """Log file of one rank of one job."""
+        return self.logs / f"{job_id}_{rank}.out"
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append one event to the attempts ledger."""
+        entry = {"event": event, "time_s": time.time(), "host": socket.gethostname(), **facts}
+        append_json_line(self.attempts, entry)
+
+    def beat(self, **facts: Any) -> None:
+        """Rewrite the heartbeat."""
+        write_json(self.heartbeat, {"time_s": time.time(), "host": socket.gethostname(), **facts})
