@@ -16,7 +16,7 @@ Anything else that escapes is our bug and keeps its traceback (exit 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LauncherError(Exception):
@@ -54,9 +54,11 @@ class ClusterError(LauncherError):
 
 
 class DoesNotFitError(LauncherError):
-    """The planned job does not fit in memory."""
+    """The planned job does not fit in memory; `plan` holds what was estimated, for display."""
 
     exit_code = 6
+    plan: Any = None
+    """The Plan; typed loosely because errors know no other room."""
 
 
 class ConflictError(LauncherError):

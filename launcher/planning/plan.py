@@ -7,8 +7,11 @@ folder is the same document and a worker needs nothing else to know what it is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from launcher.errors import ConflictError
 
 SCHEMA = 1
 
@@ -207,3 +210,80 @@ class Plan:
     data: DataNumbers
     job: JobShape
     site: str
+
+
+_CANDIDATE_PARTS = {"lora": LoraNumbers, "quant": QuantNumbers, "buckets": Buckets}
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Write the document of `launcher plan --json` (schema 1): bytes, seconds, plain values only."""
+    return {
+        "schema": SCHEMA,
+        "recipe": plan.recipe,
+        "model": {"name": plan.model, "params": plan.params, "trainable_params": plan.chosen.trainable_params},
+        "chosen": _estimate_to_json(plan.chosen),
+        "alternatives": [_estimate_to_json(estimate) for estimate in plan.alternatives],
+        "advice": [asdict(advice) for advice in plan.advice],
+        "warnings": [asdict(warning) for warning in plan.warnings],
+        "data": asdict(plan.data),
+        "job": asdict(plan.job),
+        "site": plan.site,
+    }
+
+
+def _estimate_to_json(estimate: Estimate) -> dict[str, Any]:
+    """Candidate and predictions side by side in one object, as interface.md lists them."""
+    candidate = asdict(estimate.candidate)
+    if estimate.candidate.lora is not None and not isinstance(candidate["lora"]["target_modules"], str):
+        candidate["lora"]["target_modules"] = list(candidate["lora"]["target_modules"])
+    predictions = asdict(estimate)
+    del predictions["candidate"]
+    lora_r = estimate.candidate.lora.r if estimate.candidate.lora else None
+    return {**candidate, "lora_r": lora_r, **predictions}
+
+
+def plan_from_json(doc: Mapping[str, Any]) -> Plan:
+    """Read back what `plan_to_json` wrote.
+
+    Raises:
+        ConflictError: the document has another schema, so another version of the launcher wrote it.
+    """
+    if doc.get("schema") != SCHEMA:
+        raise ConflictError(f"plan has schema {doc.get('schema')!r}, this launcher reads {SCHEMA}; plan again")
+    return Plan(
+        recipe=doc["recipe"],
+        model=doc["model"]["name"],
+        params=doc["model"]["params"],
+        chosen=_estimate_from_json(doc["chosen"]),
+        alternatives=tuple(_estimate_from_json(entry) for entry in doc["alternatives"]),
+        advice=tuple(Advice(**entry) for entry in doc["advice"]),
+        warnings=tuple(Warning_(**entry) for entry in doc["warnings"]),
+        data=DataNumbers(**doc["data"]),
+        job=JobShape(**doc["job"]),
+        site=doc["site"],
+    )
+
+
+def _estimate_from_json(doc: Mapping[str, Any]) -> Estimate:
+    memory = dict(doc["memory"])
+    for key in ("peak_bytes", "device_bytes"):
+        memory[key] = Interval(**memory[key])
+    parts = {
+        "candidate": _candidate_from_json(doc),
+        "memory": MemoryEstimate(**memory),
+        "step_s": Interval(**doc["step_s"]),
+        "cost": Cost(**doc["cost"]),
+    }
+    rest = {name: doc[name] for name in Estimate.__dataclass_fields__ if name not in parts}
+    return Estimate(**parts, **rest)
+
+
+def _candidate_from_json(doc: Mapping[str, Any]) -> Candidate:
+    values = {name: doc[name] for name in Candidate.__dataclass_fields__}
+    for name, part in _CANDIDATE_PARTS.items():
+        if values[name] is not None:
+            values[name] = part(**values[name])
+    lora = values["lora"]
+    if lora is not None and isinstance(lora.target_modules, list):
+        values["lora"] = LoraNumbers(**{**asdict(lora), "target_modules": tuple(lora.target_modules)})
+    return Candidate(**values)
