@@ -169,7 +169,7 @@ class Advice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Warning_:
+class Warning_:  # noqa: N801 (a plain Warning would hide the builtin)
     """Something that will run but should be looked at; `code` is stable."""
 
     code: str
@@ -268,7 +268,7 @@ def _estimate_from_json(doc: Mapping[str, Any]) -> Estimate:
     memory = dict(doc["memory"])
     for key in ("peak_bytes", "device_bytes"):
         memory[key] = Interval(**memory[key])
-    parts = {
+    parts: dict[str, Any] = {
         "candidate": _candidate_from_json(doc),
         "memory": MemoryEstimate(**memory),
         "step_s": Interval(**doc["step_s"]),
