@@ -1,7 +1,8 @@
 # munge, MariaDB, slurmdbd and slurmctld: started in this order, each waited for.
 # shellcheck shell=bash
 
-DATABASE_SOCKET=/run/mysqld/mysqld.sock
+# Not the default socket: a database of the machine's own may be there. libmariadb reads this variable.
+export MYSQL_UNIX_PORT=$ROOT/mysql/mysqld.sock
 
 # The pid in a pid file, while it still is the daemon that the file is named after: pids get reused.
 daemon_pid() {
@@ -63,15 +64,15 @@ start_accounting() {
 
 start_database() {
   local data=$ROOT/mysql
-  install -d -o mysql -g mysql -m 755 /run/mysqld "$data"
+  install -d -o mysql -g mysql -m 755 "$data"
   if ! daemon_pid "$data/mariadbd.pid" >/dev/null; then
     [ -d "$data/mysql" ] || create_database "$data"
-    daemon mariadbd mariadbd --no-defaults --user=mysql --datadir="$data" --socket="$DATABASE_SOCKET" --skip-networking \
+    daemon mariadbd mariadbd --no-defaults --user=mysql --datadir="$data" --socket="$MYSQL_UNIX_PORT" --skip-networking \
       --pid-file="$data/mariadbd.pid" --innodb-buffer-pool-size=128M --innodb-lock-wait-timeout=900 \
       --innodb-flush-log-at-trx-commit=0 --performance-schema=off
-    WATCH=$! wait_for 30 "mariadbd" mariadb --socket="$DATABASE_SOCKET" -e "select 1"
+    WATCH=$! wait_for 30 "mariadbd" mariadb --no-defaults --socket="$MYSQL_UNIX_PORT" -e "select 1"
   fi
-  mariadb --socket="$DATABASE_SOCKET" -e "create database if not exists slurm_acct_db;
+  mariadb --no-defaults --socket="$MYSQL_UNIX_PORT" -e "create database if not exists slurm_acct_db;
     create user if not exists slurm@localhost identified by 'slurm'; grant all on slurm_acct_db.* to slurm@localhost;"
 }
 

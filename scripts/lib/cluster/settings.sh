@@ -33,9 +33,12 @@ remember_settings() {
 
 # The settings of the running cluster win over the environment: `crash node2` must not need MODE again.
 recall_settings() {
+  if [ -e "$ROOT/settings" ]; then apply_settings <"$ROOT/settings"; fi
+}
+
+apply_settings() {
   local line
-  [ -e "$ROOT/settings" ] || return 0
-  while read -r line; do declare -g "${line%%=*}=${line#*=}"; done <"$ROOT/settings"
+  while read -r line; do declare -g "${line%%=*}=${line#*=}"; done
   load_settings
 }
 
