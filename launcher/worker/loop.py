@@ -1,0 +1,279 @@
+"""The training loop: which rows each rank trains at which step, and what happens between steps.
+
+Optimizer step `s` (from 0) trains the rows `order.indices(s)`, whoever the ranks are. They are dealt in
+micro-batches: `indices` is cut into accumulation x world x micro_batch, and rank `r` takes part `[:, r]`. So the
+set of rows, and with it the loss, is the same for every world size and accumulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from launcher.worker.loss import IGNORED, sum_over_ranks, trained_tokens
+from launcher.worker.progress import Progress, step_line
+from launcher.worker.stopping import StopFlag
+
+Batch = dict[str, torch.Tensor]
+
+
+class Rows(Protocol):
+    """A token table: rows by number, and how many of their tokens are trained."""
+
+    trained_tokens: np.ndarray
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def row(self, index: int) -> Any:
+        """One row of tokens."""
+
+
+class Order(Protocol):
+    """Which rows form the global batch of a step."""
+
+    def indices(self, step: int) -> np.ndarray:
+        """Row numbers of optimizer step `step`, from 0."""
+
+
+class Trains(Protocol):
+    """The part of an engine the loop needs."""
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        trained_tokens: int,
+        learning_rate: float,
+        step: int,
+        votes: Sequence[int] = (),
+    ) -> Any:
+        """One optimizer step: loss, grad_norm, votes, applied."""
+
+    def evaluate(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Summed loss and trained tokens of this rank's batches."""
+
+
+class Tracks(Protocol):
+    """The part of a tracker the loop needs."""
+
+    def log(self, step: int, **numbers: Any) -> None:
+        """Record numbers of a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a global batch is dealt to the ranks."""
+
+    rank: int
+    world_size: int
+    micro_batch: int
+    """Rows per forward pass of one rank."""
+    accumulation: int
+
+    def share(self, indices: np.ndarray) -> np.ndarray:
+        """This rank's row numbers of a global batch: (accumulation, micro_batch)."""
+        dealt = indices.reshape(self.accumulation, self.world_size, self.micro_batch)
+        return dealt[:, self.rank]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rhythm:
+    """After how many steps, or seconds, something is due; None is never."""
+
+    total_steps: int
+    logging_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+    save_s: float | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Memory:
+    """What a run remembers besides weights; saved in every checkpoint, as plain values."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens read, over all ranks."""
+    train_s: float = 0.0
+    """Time inside training steps, over all attempts."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    loss_before: float | None = None
+    """Validation loss of the untrained model."""
+    loss_after: float | None = None
+    """Newest validation loss."""
+    evaluated_step: int = -1
+    """Step of the newest evaluation."""
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """One rank's loop. `run` returns when training is done or the ranks agreed to stop."""
+
+    engine: Trains
+    train: Rows
+    validation: Rows | None
+    order: Order
+    layout: Layout
+    rhythm: Rhythm
+    device: torch.device
+    collate: Callable[[list[Any]], Batch]
+    learning_rate: Callable[[int], float]
+    save: Callable[[Memory], Path]
+    tracker: Tracks
+    progress: Progress
+    stop: StopFlag
+    memory: Memory = field(default_factory=Memory)
+    _saved_step: int = -1
+    _saved_s: float = field(default_factory=time.monotonic)
+    _interval_tokens: int = 0
+    _interval_s: float = 0.0
+
+    def run(self) -> str | None:
+        """Train from `memory.step` to the last step; None when done, else why it stopped (a checkpoint is there)."""
+        self._saved_step = self.memory.step if self.memory.step else -1
+        if self.memory.step == 0:
+            self._evaluate()
+        self._in_state("training")
+        while self.memory.step < self.rhythm.total_steps:
+            stop, save = self._step()
+            done = self.memory.step == self.rhythm.total_steps
+            if self._due(self.rhythm.eval_steps) and not (stop and not done):
+                self._evaluate()
+            if save or (stop and not done):
+                self._save()
+            if stop and not done:
+                return self.stop.reason or "another rank was told to stop"
+        if self.memory.evaluated_step != self.memory.step:
+            self._evaluate()
+        return None
+
+    # --- training ------------------------------------------------------------------------------
+
+    def _step(self) -> tuple[bool, bool]:
+        """One optimizer step; whether to stop and whether to save after it, the same on every rank."""
+        step = self.memory.step + 1
+        started = time.monotonic()
+        indices = self.order.indices(step - 1)
+        batches = [self._batch(self.train, part) for part in self.layout.share(indices)]
+        expected = int(self.train.trained_tokens[indices].sum())
+        rate = self.learning_rate(step - 1)
+        # Sums over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
+        votes = [self.stop.raised, self._save_due(step), *_count(batches)]
+        result = self.engine.train_step(
+            batches, trained_tokens=expected, learning_rate=rate, step=step, votes=[int(vote) for vote in votes]
+        )
+        stop, save, tokens, counted = result.votes
+        if counted != expected:
+            raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")
+        self._note(step, result, rate, indices, tokens, time.monotonic() - started)
+        return stop > 0, save > 0
+
+    def _note(self, step: int, result: Any, rate: float, indices: np.ndarray, tokens: int, seconds: float) -> None:
+        memory = self.memory
+        memory.step, memory.tokens, memory.train_s = step, memory.tokens + tokens, memory.train_s + seconds
+        memory.first_loss = result.loss if memory.first_loss is None else memory.first_loss
+        memory.last_loss = result.loss
+        self._interval_tokens += tokens
+        self._interval_s += seconds
+        total = self.rhythm.total_steps
+        speed = self._interval_tokens / max(self._interval_s, 1e-9)
+        eta_s = memory.train_s / step * (total - step)
+        self.progress.step(
+            step=step, total_steps=total, loss=result.loss, tokens_per_s=speed, eta_s=eta_s, peak_bytes=self._peak()
+        )
+        if self._due(self.rhythm.logging_steps) or step in (1, total):
+            numbers = {
+                "loss": result.loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_s": speed,
+            }
+            self.tracker.log(
+                step, **numbers, tokens=memory.tokens, samples=fingerprint(indices), applied=int(result.applied)
+            )
+            self.progress.line(step_line(step, total, numbers, eta_s))
+            self._interval_tokens, self._interval_s = 0, 0.0
+
+    def _batch(self, rows: Rows, numbers: Sequence[int]) -> Batch:
+        return self.collate([rows.row(int(number)) for number in numbers])
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.memory.step % int(every or 1) == 0
+
+    def _save_due(self, step: int) -> bool:
+        if self.rhythm.save_steps and step % self.rhythm.save_steps == 0:
+            return True
+        waited = time.monotonic() - self._saved_s
+        return self.layout.rank == 0 and self.rhythm.save_s is not None and waited >= self.rhythm.save_s
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    # --- between steps -------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Validation loss now; remembered as before and after."""
+        if self.validation is None or len(self.validation) == 0:
+            return
+        self._in_state("evaluating")
+        loss = self.evaluate(self.validation)
+        self.memory.loss_after = loss
+        if self.memory.step == 0:
+            self.memory.loss_before = loss
+        self.memory.evaluated_step = self.memory.step
+        self.tracker.log(self.memory.step, validation_loss=loss)
+        self.progress.line(f"step {self.memory.step}/{self.rhythm.total_steps}  validation loss {loss:.4f}")
+        self._in_state("training")
+
+    def evaluate(self, rows: Rows) -> float:
+        """Mean loss over the trained tokens of all rows, the same on every rank; collective."""
+        loss, tokens = self.engine.evaluate(self._evaluation_batches(rows))
+        total, count = sum_over_ranks([loss, tokens], self.device)
+        return total / max(count, 1.0)
+
+    def _evaluation_batches(self, rows: Rows) -> Iterator[Batch]:
+        """This rank's batches. Every rank gets equally many: ZeRO-3 gathers weights in every forward pass."""
+        layout = self.layout
+        width = layout.world_size * layout.micro_batch
+        for first in range(0, len(rows), width):
+            start = first + layout.rank * layout.micro_batch
+            numbers = range(start, min(start + layout.micro_batch, len(rows)))
+            batch = self._batch(rows, numbers or [0])
+            if not numbers:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            yield batch
+
+    def _save(self) -> None:
+        if self._saved_step == self.memory.step:
+            return
+        self._in_state("saving")
+        path = self.save(self.memory)
+        self._saved_step, self._saved_s = self.memory.step, time.monotonic()
+        self.progress.line(f"step {self.memory.step}/{self.rhythm.total_steps}  saved {path.name}")
+        self._in_state("training")
+
+    def _in_state(self, state: str) -> None:
+        self.progress.state(state, step=self.memory.step, total_steps=self.rhythm.total_steps)
+
+
+def fingerprint(indices: np.ndarray) -> int:
+    """48 bits that name a global batch: equal for equal rows in equal order (a float64 holds them exactly)."""
+    digest = hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def _count(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Tokens read and tokens trained in this rank's micro-batches."""
+    read = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+               for batch in batches)  # fmt: skip
+    return read, sum(trained_tokens(batch) for batch in batches)
