@@ -85,6 +85,8 @@ def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[...
         folder.record("started", **_names(place), world_size=place.world_size, hosts=[place.host])
     progress.state("tokenizing")
     tokenizer, tokens = _tokens(folder, place, recipe, candidate)
+    for notice in tokens.stats.get("notices", []):
+        progress.say(f"warning: {notice}")
     progress.state("starting")
     join(place, folder.rendezvous, device=candidate.device, timeout_s=JOIN_TIMEOUT_S)
     rank = _Rank(
@@ -230,9 +232,10 @@ class _Rank:
         )
 
     def _collate(self) -> Callable[[list[Any]], Any]:
-        from launcher.worker.data import collate
+        from launcher.worker.data import collate, needs_flat
 
-        return partial(collate, pad_token_id=int(self.tokenizer.pad_token_id), fixed_length=None)
+        flat = self.candidate.packing and needs_flat(self.candidate.attn_implementation)
+        return partial(collate, pad_token_id=int(self.tokenizer.pad_token_id), flat=flat)
 
     def _resume(self, loop: Loop, engine: Engine, checkpoints: Checkpoints) -> None:
         """Go on from the newest checkpoint that verifies, if the run ever finished one."""
@@ -374,8 +377,9 @@ def _tokens(folder: RunFolder, place: Place, recipe: Recipe, candidate: Candidat
     tokenizer = load_tokenizer(recipe)
     cache = Path(os.environ.get("LAUNCHER_CACHE") or folder.path.parent / ".cache") / "tokens"
     if place.rank == 0:
-        return tokenizer, build_token_cache(recipe, candidate, tokenizer, cache)
-    return tokenizer, open_token_cache(recipe, candidate, tokenizer, cache, wait_s=TOKENS_TIMEOUT_S)
+        return tokenizer, build_token_cache(recipe, candidate, tokenizer, cache, scope=place.attempt)
+    wait_s, scope = TOKENS_TIMEOUT_S, place.attempt
+    return tokenizer, open_token_cache(recipe, candidate, tokenizer, cache, wait_s=wait_s, scope=scope)
 
 
 def _device(candidate: Candidate, place: Place) -> str:
@@ -390,8 +394,9 @@ def _device(candidate: Candidate, place: Place) -> str:
 
     if torch.cuda.device_count() <= place.local_rank:
         raise ClusterError(
-            f"local rank {place.local_rank} on {place.host} sees {torch.cuda.device_count()} GPUs (CUDA_VISIBLE_DEVICES="
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); request GPUs per node, not per task"
+            f"local rank {place.local_rank} on {place.host} sees {torch.cuda.device_count()} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); "
+            "request GPUs per node, not per task"
         )
     torch.cuda.set_device(place.local_rank)
     return f"cuda:{place.local_rank}"
