@@ -15,8 +15,9 @@ from pathlib import Path
 from launcher.errors import DataError, ModelError, raise_all
 from launcher.facts.files import is_dataset_id
 from launcher.facts.formats import Example, read_examples
+from launcher.facts.split import held_out_rows
 from launcher.facts.token_count import Length, TokenCounter
-from launcher.recipe.schema import DataSection, DataSource, ValidationSpec
+from launcher.recipe.schema import DataSection, DataSource
 
 BASES = ("counted", "sampled", "characters", "hint", "assumed")
 """How tokens were found, best first."""
@@ -80,20 +81,6 @@ def dataset_facts(data: DataSection, tokenizer_dir: Path | None) -> DatasetFacts
         return _combine(data, train, kept_share=1.0, validation_rows=sources[len(train)].rows)
     held = held_out_rows(data.validation, found)
     return _combine(data, train, kept_share=1.0 - held / found, validation_rows=held)
-
-
-def held_out_rows(validation: ValidationSpec, rows: int) -> int:
-    """How many of `rows` training rows are held out for validation; a share holds out at least one.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    held = validation.count or 0
-    if validation.share is not None:
-        held = max(1, round(validation.share * rows))
-    if held >= rows:
-        raise DataError(f"data.validation: holding out {held} of {rows} rows leaves none to train on")
-    return held
 
 
 def _combine(
