@@ -1,0 +1,148 @@
+"""Site profile: slurm/<site>.yaml as checked field values of Site.
+
+Keys are the field names of Site; what a profile leaves out is probed. Values are read by the type of their field, so
+`max_time_min: 24:00:00` is a day and `mem_bytes_per_node: 500G` is 500 GiB.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ClusterError, RecipeError, raise_all
+from launcher.facts.offer import Container, Partition, Site
+from launcher.recipe.problems import Findings, nearest
+from launcher.recipe.scalars import UnreadableError, read_minutes, read_scalar
+from launcher.recipe.tree import Node, Scalar, Series, Table
+from launcher.recipe.yaml_strict import parse
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?")
+_UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_CHOICES = {
+    ("Site", "executor"): ("slurm", "local"),
+    ("Container", "runtime"): ("none", "pyxis", "apptainer"),
+}
+_MAY_BE_ZERO = frozenset({"intra_node_bw_bytes_s", "inter_node_bw_bytes_s"})
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """Values of the Site fields that the profile sets.
+
+    Raises:
+        ClusterError: unreadable, not YAML, unknown keys or wrong values; every problem with file:line:column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"{path}: cannot be read: {error}") from error
+    findings = Findings()
+    try:
+        table = parse(text, str(path), findings)
+        findings.settle()
+    except RecipeError as error:
+        raise ClusterError(*error.problems) from None
+    problems: list[str] = []
+    values = _read_table(table, Site, problems)
+    raise_all(ClusterError, problems)
+    return {"name": path.stem} | values
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of `64G`, `500GiB`, `1.5T` or a plain number; None when it is none of these."""
+    match = _BYTES.fullmatch(text.strip())
+    return int(float(match[1]) * _UNIT[match[2]]) if match else None
+
+
+def _read_table(table: Table, kind: type[Any], problems: list[str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in fields(kind) if field.name != "source"]
+    values: dict[str, Any] = {}
+    for key, node in table.items.items():
+        if key not in known:
+            close = nearest(key, known)
+            hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
+            problems.append(f"{table.place(key)}: unknown key {key!r}{hint}")
+            continue
+        before = len(problems)
+        value = _read(node, key, hints[key], problems)
+        choices = _CHOICES.get((kind.__name__, key))
+        if choices and len(problems) == before and value not in choices:
+            problems.append(f"{node.where}: {key} is {value!r}; expected {' or '.join(choices)}")
+        values[key] = value
+    return values
+
+
+def _read(node: Node, key: str, hint: Any, problems: list[str]) -> Any:
+    """One value by the type of its field; problems are noted, and None returned."""
+    if hint is Container:
+        return _section(node, Container, problems)
+    if typing.get_origin(hint) is tuple:
+        return _series(node, typing.get_args(hint)[0], key, problems)
+    if typing.get_origin(hint) is dict:
+        return _texts(node, key, problems)
+    if not isinstance(node, Scalar):
+        problems.append(f"{node.where}: {key} is a single value")
+        return None
+    return _scalar(node, key, hint, problems)
+
+
+def _section(node: Node, kind: type[Any], problems: list[str]) -> Any:
+    if not isinstance(node, Table):
+        problems.append(f"{node.where}: a mapping is expected here")
+        return None
+    before = len(problems)
+    values = _read_table(node, kind, problems)
+    if kind is Partition and "name" not in values:
+        problems.append(f"{node.where}: a partition needs a name")
+    return kind(**values) if len(problems) == before else None
+
+
+def _series(node: Node, kind: Any, key: str, problems: list[str]) -> tuple[Any, ...]:
+    if not isinstance(node, Series):
+        problems.append(f"{node.where}: {key} is a list")
+        return ()
+    if kind is Partition:
+        return tuple(_section(item, Partition, problems) for item in node.items)
+    return tuple(_read(item, key, kind, problems) for item in node.items)
+
+
+def _texts(node: Node, key: str, problems: list[str]) -> dict[str, str]:
+    if not isinstance(node, Table):
+        problems.append(f"{node.where}: {key} is a mapping of names to texts")
+        return {}
+    return {name: _read(child, f"{key}.{name}", str, problems) for name, child in node.items.items()}
+
+
+def _scalar(node: Scalar, key: str, hint: Any, problems: list[str]) -> Any:
+    if not node.text.isprintable():
+        problems.append(f"{node.where}: {key} holds a control character; write one line per list entry")
+        return None
+    if node.text.lower() in ("", "null", "~") and not node.quoted and type(None) in typing.get_args(hint):
+        return None
+    try:
+        value = _value(node, key, hint)
+    except UnreadableError as error:
+        problems.append(f"{node.where}: {key} is {node.text!r}; {error}")
+        return None
+    wanted = tuple(kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type))
+    fits = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
+    if not fits:
+        expected = "a whole number" if int in wanted else "true or false" if bool in wanted else "another kind of value"
+        problems.append(f"{node.where}: {key} is {node.text!r}; expected {expected}")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and key not in _MAY_BE_ZERO:
+        problems.append(f"{node.where}: {key} is {node.text!r}; expected more than 0")
+    return value
+
+
+def _value(node: Scalar, key: str, hint: Any) -> Any:
+    if key.endswith("_min"):
+        return read_minutes(node.text)
+    if key.endswith("bytes_per_node"):
+        size = parse_bytes(node.text)
+        if size is None:
+            raise UnreadableError("expected a size such as 64G or 2T")
+        return size
+    return node.text if hint is str else read_scalar(node.text, quoted=node.quoted, hint=hint)

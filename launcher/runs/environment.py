@@ -1,0 +1,87 @@
+"""environment.json: which code and packages a run was submitted with, so that it can be repeated. No secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher import __version__
+from launcher.errors import LauncherError
+from launcher.facts.command import run_command
+from launcher.facts.probe import user_name
+
+PACKAGES = (
+    "accelerate bitsandbytes click cloudpickle datasets deepspeed finetune-launcher numpy omegaconf peft pyarrow"
+    " PyYAML safetensors submitit tokenizers torch transformers wandb"
+)
+"""Packages whose version can change a result or a job."""
+MAX_DIFF_CHARACTERS = 500_000
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET_FORMS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
+    re.compile(r"\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{16,}"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"(?i)(?<=key[ =:'\"])\s*['\"]?[0-9a-f]{32,}"),
+    re.compile(r"\b[0-9a-f]{40}\b(?=['\"])"),
+)
+
+
+def environment_facts(job_python: str) -> dict[str, Any]:
+    """Facts about the code, the packages and the machine that submits."""
+    return {
+        "launcher": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "job_python": job_python,
+        "packages": _versions(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "user": user_name(),
+        "working_folder": str(Path.cwd()),
+        "code": _code(Path(__file__).resolve().parents[2]),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Package -> version, of those installed beside the launcher."""
+    found: dict[str, str] = {}
+    for name in PACKAGES.split():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _code(checkout: Path) -> dict[str, Any] | None:
+    """Commit and uncommitted changes of the launcher's checkout; None where it was installed from a wheel."""
+    if not (checkout / ".git").exists():
+        return None
+    commit = _git(checkout, "rev-parse", "HEAD")
+    diff = redact(_git(checkout, "diff", "HEAD", "--no-color", "--no-ext-diff") or "")
+    return {"commit": commit, "diff": diff[:MAX_DIFF_CHARACTERS], "diff_cut": len(diff) > MAX_DIFF_CHARACTERS}
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """What git answers; None where it is absent or refuses (a checkout of another user, for one)."""
+    try:
+        ran = run_command(["git", "-C", str(checkout), *arguments], timeout_s=30)
+    except LauncherError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def redact(text: str) -> str:
+    """`text` without the values of secret-looking environment variables and without token-shaped words."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "[redacted]")
+    for form in _SECRET_FORMS:
+        text = form.sub("[redacted]", text)
+    return text

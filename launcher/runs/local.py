@@ -1,0 +1,165 @@
+"""The job of this machine: submitit's local executor and controller, with the manners of a Slurm job.
+
+What submitit's own controller does not do: live in a session of its own (so that Ctrl-C or a closed terminal ends the
+watching, not the training), name logs as Slurm's do, end the other ranks when one has failed, leave no rank behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from submitit.local import local as submitit_local
+
+from launcher.runs.folder import RunFolder
+from launcher.runs.request import JobRequest
+from launcher.runs.sbatch import python_words
+
+PEERS_MAY_FINISH_S = 15.0
+"""After one rank has failed, the others have this long to notice by themselves and say so in their logs."""
+_POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
+
+
+class LocalExecutor(submitit_local.LocalExecutor):  # type: ignore[misc]
+    """submitit's local executor for one JobRequest; the job id is the controller's process number."""
+
+    def __init__(self, request: JobRequest) -> None:
+        super().__init__(RunFolder(Path(request.run_dir)).submission, python=shlex.join(python_words(request)))
+        self._request = request
+
+    def _submit_command(self, command: str) -> Any:
+        """Start the controller in a new session."""
+        request, run = self._request, RunFolder(Path(self._request.run_dir))
+        controller = shlex.join([sys.executable, "-m", "launcher.runs.local", request.run_dir])
+        # `exec`: the controller keeps the shell's process number, which is the job id.
+        script = "\n".join(["set -e", *request.setup, f"exec {controller}"])
+        with (run.logs / "controller.out").open("ab") as log:
+            process = subprocess.Popen(
+                ["/bin/bash", "-c", script],
+                env=_environment(request, command),
+                cwd=request.chdir,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return submitit_local.LocalJob(
+            folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(request.tasks_per_node))
+        )
+
+
+def _environment(request: JobRequest, command: str) -> dict[str, str]:
+    """The controller's environment: ours, the request's, and what submitit's controller reads."""
+    return {
+        **os.environ,
+        **request.env,
+        "CUDA_VISIBLE_DEVICES": _visible_gpus(request),
+        "SUBMITIT_EXECUTOR": "local",
+        "SUBMITIT_LOCAL_COMMAND": command,
+        "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+        "SUBMITIT_LOCAL_NODEID": "0",
+        "SUBMITIT_LOCAL_NTASKS": str(request.tasks_per_node),
+        "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(request.signal_lead_s),
+        "SUBMITIT_LOCAL_TIMEOUT_S": "0",
+        "SUBMITIT_LOCAL_WITH_SHELL": "",
+        "SUBMITIT_STDERR_TO_STDOUT": "1",
+    }
+
+
+def _visible_gpus(request: JobRequest) -> str:
+    """The first GPUs of those this shell may use; none when the job asks for none."""
+    offered = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    wanted = request.gpus_per_node or 0
+    devices = offered.split(",") if offered else [str(index) for index in range(wanted)]
+    return ",".join(devices[:wanted])
+
+
+class Controller(submitit_local.Controller):  # type: ignore[misc]
+    """Starts the ranks of one job and stays until the last has ended; runs as `python -m launcher.runs.local`."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.submission)
+        self._run = run
+        self.tasks: list[subprocess.Popen[str]] = []
+        self.stdouts: list[IO[str]] = []
+        self.stderrs: list[IO[str]] = []
+
+    def start_tasks(self) -> None:
+        """Start one process per rank, each with its own log file."""
+        for rank in range(self.ntasks):
+            log = self._run.log(self.pid, rank).open("a", encoding="utf-8")
+            self.stdouts.append(log)
+            self.tasks.append(self._start(rank, log))
+        self.stderrs = self.stdouts
+
+    def _start(self, rank: int, log: IO[str]) -> subprocess.Popen[str]:
+        names = {"LOCALID": rank, "GLOBALID": rank, "JOB_ID": self.pid}
+        return subprocess.Popen(
+            self.command,
+            env={**os.environ, **{f"SUBMITIT_LOCAL_{name}": str(value) for name, value in names.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            encoding="utf-8",
+            preexec_fn=_die_with_parent,
+        )
+
+    def wait(self, freq: int = 24) -> list[int | None]:  # noqa: ARG002 - submitit's signature
+        """Wait for every rank; when one fails the others follow. Returns their exit codes."""
+        failed_at_s: float | None = None
+        while True:
+            codes = [task.poll() for task in self.tasks]
+            if all(code is not None for code in codes):
+                return codes
+            if failed_at_s is None and any(code not in (None, 0) for code in codes):
+                failed_at_s = time.monotonic()
+            if failed_at_s is not None and time.monotonic() > failed_at_s + PEERS_MAY_FINISH_S:
+                self._forward_signal(signal.SIGKILL)
+            time.sleep(_POLL_S)
+
+    def run(self, max_retry: int = 20) -> None:
+        """Run the ranks, again while they ask for it with submitit's requeue code; the ledger gets their exit codes."""
+        for _ in range(max_retry):
+            try:
+                self.start_tasks()
+                codes = self.wait()
+            finally:
+                self.kill_tasks()
+            self._run.record("ended", job_id=self.pid, exit_codes=codes)
+            if submitit_local.LOCAL_REQUEUE_RETURN_CODE not in codes:
+                break
+
+    def kill_tasks(self) -> None:
+        """Leave no rank behind, and close the logs."""
+        for task in self.tasks:
+            if task.poll() is None:
+                task.kill()
+                task.wait()
+        for log in self.stdouts:
+            log.close()
+        self.tasks, self.stdouts, self.stderrs = [], [], []
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: ask the kernel to kill it when the controller dies, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start(request: JobRequest) -> str:
+    """Start a local job through submitit and return its id."""
+    from launcher.runs.train_job import TrainJob
+
+    executor = LocalExecutor(request)
+    return str(executor.submit(TrainJob(request.run_dir)).job_id)
+
+
+if __name__ == "__main__":
+    Controller(RunFolder(Path(sys.argv[1]))).run()

@@ -1,0 +1,126 @@
+"""sbatch: JobRequest -> script text, through submitit and without it.
+
+Both scripts carry the same `#SBATCH` lines, the same set-up and the same srun; only the last words differ (submitit's
+entry, or the worker's). Nothing follows srun except its exit status: a command after it would hide a failure.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from launcher.runs.request import JobRequest
+
+Directives = dict[str, str | int | bool]
+
+
+def directives(request: JobRequest) -> Directives:
+    """The sbatch long options of the job; True stands for an option without a value."""
+    wanted: dict[str, str | int | bool | None] = {
+        "job_name": request.name,
+        "nodes": request.nodes,
+        "ntasks_per_node": request.tasks_per_node,
+        "cpus_per_task": request.cpus_per_task,
+        "gpus_per_node": _gpus(request),
+        "mem": request.mem,
+        "time": request.time_min,
+        "partition": request.partition,
+        "account": request.account,
+        "qos": request.qos,
+        "constraint": request.constraint,
+        "exclusive": request.exclusive or None,
+        "requeue" if request.requeue else "no_requeue": True,
+        "signal": f"USR2@{request.signal_lead_s}",
+        "open-mode": "append",
+        # The batch script shares rank 0's log: they run on the same node, and srun's complaints belong there.
+        "output": request.log.replace("%t", "0"),
+        "chdir": request.chdir,
+    }
+    ours: Directives = {key: value for key, value in wanted.items() if value is not None}
+    return ours | {
+        key.removeprefix("--").replace("_", "-"): True if value is None else value
+        for key, value in request.extra.items()
+        if value is not False
+    }
+
+
+def _gpus(request: JobRequest) -> str | int | None:
+    """GPUs per node, all visible to every task: a GPU per task breaks NCCL's peer-to-peer."""
+    if request.gpus_per_node is None or request.gpu_type is None:
+        return request.gpus_per_node
+    return f"{request.gpu_type}:{request.gpus_per_node}"
+
+
+def setup_lines(request: JobRequest) -> list[str]:
+    """Shell lines before srun: the site profile's own lines and its environment, values quoted."""
+    return [*request.setup, *(f"export {key}={shlex.quote(value)}" for key, value in request.env.items())]
+
+
+def srun_arguments(request: JobRequest) -> list[str]:
+    """Arguments of srun after --output.
+
+    `--cpus-per-task` is repeated because srun stopped taking it from the job in Slurm 22.05; without
+    `--kill-on-bad-exit` the other ranks train on after one has died.
+    """
+    arguments = ["--open-mode=append", "--kill-on-bad-exit=1", f"--cpus-per-task={request.cpus_per_task}"]
+    if request.container.runtime == "pyxis":
+        arguments.append(f"--container-image={request.container.image}")
+        if request.container.mounts:
+            arguments.append(f"--container-mounts={','.join(request.container.mounts)}")
+    return [*arguments, *request.srun_args]
+
+
+def python_words(request: JobRequest) -> list[str]:
+    """How a task starts Python: as it is, or inside apptainer."""
+    if request.container.runtime != "apptainer":
+        return [request.python]
+    words = ["apptainer", "exec"]
+    if request.gpus_per_node:
+        words.append("--nv")
+    for mount in request.container.mounts:
+        words += ["--bind", mount]
+    return [*words, str(request.container.image), request.python]
+
+
+def submitit_parameters(request: JobRequest) -> dict[str, Any]:
+    """Parameters for submitit's SlurmExecutor; `wckey=None` because a site that tracks wckeys refuses submitit's."""
+    return {
+        "job_name": request.name,
+        "nodes": request.nodes,
+        "ntasks_per_node": request.tasks_per_node,
+        "time": request.time_min,
+        "signal_delay_s": request.signal_lead_s,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": setup_lines(request),
+        "srun_args": ["--output", request.log, *srun_arguments(request)],
+        "additional_parameters": directives(request),
+    }
+
+
+def submitit_script(request: JobRequest) -> str:
+    """The script `submit` sends, rendered where there is no Slurm too.
+
+    submitit's executor refuses to exist without srun, so its private renderer is called here; a test holds the two
+    texts together.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    folder = f"{request.run_dir}/submission"
+    command = f"{shlex.join(python_words(request))} -u -m submitit.core._submit {shlex.quote(folder)}"
+    return str(_make_sbatch_string(command=command, folder=folder, **submitit_parameters(request)))
+
+
+def plain_script(request: JobRequest) -> str:
+    """A script that `sbatch` accepts by hand and that trains the same way, without submitit."""
+    task = [*python_words(request), "-u", "-m", "launcher.worker.main", request.run_dir]
+    srun = ["srun", "--unbuffered", f"--output={request.log}", *srun_arguments(request), *task]
+    lines = ["#!/bin/bash", *(_directive(key, value) for key, value in sorted(directives(request).items()))]
+    lines += ["", "# The site's set-up", *setup_lines(request)]
+    lines += ["", "# One task per rank; its exit status is the job's", shlex.join(srun), "rc=$?", "exit $rc"]
+    return "\n".join(lines) + "\n"
+
+
+def _directive(key: str, value: str | int | bool) -> str:
+    option = key.replace("_", "-")
+    return f"#SBATCH --{option}" if value is True else f"#SBATCH --{option}={shlex.quote(str(value))}"

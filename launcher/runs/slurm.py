@@ -1,0 +1,181 @@
+"""slurm: list-form calls about jobs to Slurm's commands, parsed defensively; works with and without accounting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from launcher.errors import ClusterError, TemporaryError
+from launcher.facts.command import run_command, run_slurm
+
+__all__ = ["ACTIVE", "SlurmJob", "cancel_job", "find_jobs", "run_slurm"]
+
+ACTIVE = frozenset(
+    {
+        "PENDING",
+        "RUNNING",
+        "CONFIGURING",
+        "COMPLETING",
+        "SUSPENDED",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESIZING",
+        "SIGNALING",
+        "SPECIAL_EXIT",
+        "STAGE_OUT",
+        "STOPPED",
+    }
+)
+"""States from which a job can still go on."""
+_SQUEUE_FORMAT = "%i|%T|%N|%S|%r"
+_SACCT_FORMAT = "JobIDRaw,State,ExitCode,NodeList,Restarts"
+_OLD_SACCT_FORMAT = "JobIDRaw,State,ExitCode,NodeList"
+"""`Restarts` is a field since Slurm 23.11."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmJob:
+    """What Slurm says about one job."""
+
+    job_id: str
+    state: str
+    """Slurm's long word, such as PENDING or NODE_FAIL."""
+    reason: str | None = None
+    """Slurm's own word for why it waits or ended."""
+    nodes: str | None = None
+    """Host list in Slurm's short form."""
+    start: str | None = None
+    """When it started or is expected to, in local time; None when Slurm does not know."""
+    exit_code: str | None = None
+    """CODE:SIGNAL."""
+    restarts: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs or is about to run again."""
+        return self.state in ACTIVE
+
+
+def find_jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
+    """What Slurm knows of these jobs, by id; an id it has forgotten is left out.
+
+    One squeue call for all; only what has left the queue is asked of accounting, and only without accounting of the
+    controller, job by job.
+
+    Raises:
+        TemporaryError: Slurm is not here or does not answer.
+    """
+    wanted = [job_id for job_id in dict.fromkeys(job_ids) if job_id.isdecimal()]
+    if not wanted:
+        return {}
+    found = _squeue(wanted)
+    gone = [job_id for job_id in wanted if job_id not in found]
+    if gone:
+        found |= _sacct(gone)
+    for job_id in gone:
+        if job_id not in found and (job := _scontrol(job_id)) is not None:
+            found[job_id] = job
+    return found
+
+
+def _squeue(job_ids: Sequence[str]) -> dict[str, SlurmJob]:
+    """Jobs in the queue, and those that ended within the last minutes (MinJobAge)."""
+    command = ["squeue", "--noheader", "--states=all", f"--format={_SQUEUE_FORMAT}", f"--jobs={','.join(job_ids)}"]
+    try:
+        text = run_slurm(command)
+    except ClusterError as error:
+        # A single forgotten id is an error for squeue; several are not.
+        if "invalid job id" in str(error).lower():
+            return {}
+        raise
+    jobs = [_parse_squeue(line) for line in text.splitlines()]
+    return {job.job_id: job for job in jobs if job is not None}
+
+
+def _parse_squeue(line: str) -> SlurmJob | None:
+    words = line.strip().split("|", 4)
+    if len(words) != 5 or not words[0].isdecimal():
+        return None
+    job_id, state, nodes, start, reason = words
+    return SlurmJob(
+        job_id=job_id,
+        state=normal_state(state),
+        nodes=nodes or None,
+        start=None if start in ("N/A", "") else start,
+        reason=None if reason in ("None", "") else reason,
+    )
+
+
+def _sacct(job_ids: Sequence[str]) -> dict[str, SlurmJob]:
+    """Finished jobs from accounting; empty where there is no accounting or its database does not answer."""
+    for fields in (_SACCT_FORMAT, _OLD_SACCT_FORMAT):
+        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--format={fields}"]
+        try:
+            ran = run_command([*command, f"--jobs={','.join(job_ids)}"])
+        except TemporaryError:
+            return {}
+        if ran.returncode == 0:
+            jobs = [_parse_sacct(line) for line in ran.stdout.splitlines()]
+            return {job.job_id: job for job in jobs if job is not None}
+        if "field" not in ran.words.lower():
+            return {}
+    return {}
+
+
+def _parse_sacct(line: str) -> SlurmJob | None:
+    words = line.strip().split("|")
+    if len(words) < 4 or not words[0].isdecimal():
+        return None
+    restarts = words[4] if len(words) > 4 else ""
+    return SlurmJob(
+        job_id=words[0],
+        state=normal_state(words[1]),
+        exit_code=words[2] or None,
+        nodes=words[3] if words[3] not in ("", "None assigned") else None,
+        restarts=int(restarts) if restarts.isdecimal() else None,
+    )
+
+
+def _scontrol(job_id: str) -> SlurmJob | None:
+    """One job from the controller's memory; None when it has forgotten it."""
+    ran = run_command(["scontrol", "--oneliner", "show", "job", job_id])
+    if ran.returncode != 0:
+        return None
+    fields = dict(re.findall(r"(\w+)=(\S*)", ran.stdout.splitlines()[0] if ran.stdout else ""))
+    if "JobState" not in fields:
+        return None
+    nodes, reason, restarts = fields.get("NodeList"), fields.get("Reason"), fields.get("Restarts", "")
+    return SlurmJob(
+        job_id=job_id,
+        state=normal_state(fields["JobState"]),
+        reason=None if reason in (None, "None") else reason,
+        nodes=None if nodes in (None, "", "(null)") else nodes,
+        exit_code=fields.get("ExitCode"),
+        restarts=int(restarts) if restarts.isdecimal() else None,
+    )
+
+
+def normal_state(text: str) -> str:
+    """Slurm's state without what it appends: "CANCELLED by 2000" and "NODE_FAIL+" lose their ends."""
+    word = text.strip().upper().split(" ", 1)[0]
+    return word.rstrip("+*$~#!%@^-") or "UNKNOWN"
+
+
+def cancel_job(job_id: str) -> None:
+    """Ask Slurm to end a job; one that has ended already is no error.
+
+    Raises:
+        TemporaryError: Slurm is not here or does not answer.
+        ClusterError: it is somebody else's job, or Slurm refuses for another reason.
+    """
+    try:
+        run_slurm(["scancel", job_id])
+    except ClusterError as error:
+        words = str(error).lower()
+        if "already complet" in words or "invalid job id" in words:
+            return
+        if "permission denied" in words:
+            raise ClusterError(f"job {job_id} belongs to another user; only its owner can cancel it") from error
+        raise

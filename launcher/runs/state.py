@@ -1,0 +1,252 @@
+"""State: which of Slurm's words describes a run, from its files first and Slurm second.
+
+Success is result.json and nothing else: Slurm calls a job COMPLETED whose ranks saved, left politely and were never
+started again. So a job that has ended without it is a failure, stopped or cancelled, whatever Slurm says.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.process import Process, is_alive, is_here, process_from_json
+from launcher.runs.reasons import reason_words, state_words
+from launcher.runs.slurm import SlurmJob
+
+ENDED = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "STOPPED",
+        "TIMEOUT",
+    }
+)
+"""States after which nothing more happens by itself. STOPPED is ours: told to stop, it saved and left."""
+FORGOTTEN_AFTER_S = 600.0
+"""A job that neither queue nor accounting knows counts as ended only this long after its last sign of life."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What the files of a run say."""
+
+    run: RunFolder
+    job: Mapping[str, Any]
+    """job.json; empty before submission."""
+    events: tuple[Mapping[str, Any], ...]
+    """The attempts ledger."""
+    heartbeat: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+
+    @property
+    def job_id(self) -> str | None:
+        """The newest job: of the ledger (which knows jobs submitted by hand), else of job.json."""
+        named = [event["job_id"] for event in self.events if event.get("job_id")]
+        newest = named[-1] if named else self.job.get("job_id")
+        return None if newest is None else str(newest)
+
+    @property
+    def cluster(self) -> str:
+        """One of slurm and local."""
+        return str(self.job.get("request", {}).get("cluster", "slurm"))
+
+    @property
+    def process(self) -> Process | None:
+        """Controller of a local job."""
+        return process_from_json(self.job.get("process"))
+
+    @property
+    def restarts(self) -> int:
+        """How often the job was started again."""
+        return max(0, sum(1 for event in self.events if event.get("event") == "started") - 1)
+
+    @property
+    def last_sign_s(self) -> float:
+        """When the run was last heard of, in seconds since the epoch; 0 = never."""
+        times = [
+            self.heartbeat.get("time_s"),
+            self.job.get("submitted_s"),
+            *(e.get("time_s") for e in self.events[-1:]),
+        ]
+        return max((float(moment) for moment in times if isinstance(moment, int | float)), default=0.0)
+
+    def last(self, name: str) -> Mapping[str, Any] | None:
+        """The last event of that name since the job was last submitted or started; None when there is none."""
+        for event in reversed(self.events):
+            if event.get("event") == name:
+                return event
+            if event.get("event") in ("submitted", "started"):
+                return None
+        return None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this job was cancelled through the launcher."""
+        return any(e.get("event") == "cancelled" and str(e.get("job_id")) == self.job_id for e in self.events)
+
+    @property
+    def first_failure(self) -> str | None:
+        """What the first failing rank of the last attempt said."""
+        found: str | None = None
+        for event in self.events:
+            if event.get("event") in ("submitted", "started"):
+                found = None
+            elif event.get("event") == "failed" and found is None:
+                found = f"rank {event.get('rank')}: {str(event.get('error')).splitlines()[0][:400]}"
+        return found
+
+
+def read_evidence(run: RunFolder) -> Evidence:
+    """Read the files of a run; what is missing or half-written counts as not there."""
+    return Evidence(
+        run=run,
+        job=_json(run.job) or {},
+        events=tuple(read_json_lines(run.attempts)),
+        heartbeat=_json(run.heartbeat) or {},
+        result=_json(run.result),
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """One word of Slurm's, and what it means here."""
+
+    word: str
+    sentence: str
+    reason: str | None = None
+    """Slurm's own word for why."""
+    nodes: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens by itself."""
+        return self.word in ENDED
+
+
+def judge(evidence: Evidence, job: SlurmJob | None, *, unreachable: str | None = None) -> State:
+    """The state of a run. `job` is what Slurm says; `unreachable` why it could not be asked."""
+    if evidence.result is not None:
+        steps = evidence.result.get("step")
+        return State(
+            word="COMPLETED", sentence=f"finished{f' after step {steps}' if steps else ''}; the result is verified"
+        )
+    if evidence.job_id is None:
+        return State(word="NOT_SUBMITTED", sentence="the run folder is there; no job was submitted yet")
+    if evidence.cluster == "local":
+        return _judge_local(evidence)
+    if job is None:
+        return _judge_unseen(evidence, unreachable)
+    if not job.active:
+        return _ended(evidence, job.state, reason=job.reason, nodes=job.nodes)
+    return State(word=job.state, sentence=_active_sentence(evidence, job), reason=job.reason, nodes=job.nodes)
+
+
+def _active_sentence(evidence: Evidence, job: SlurmJob) -> str:
+    if evidence.cancelled:
+        return "is being cancelled"
+    if job.state == "RUNNING":
+        return _running_sentence(evidence)
+    words = reason_words(job.state, job.reason, job.job_id)
+    start = f" (expected start {job.start})" if job.state == "PENDING" and job.start else ""
+    again = (
+        f"; it was started {evidence.restarts + 1} times before" if evidence.restarts and job.state == "PENDING" else ""
+    )
+    return f"{state_words(job.state, job.job_id)}{f': {words}' if words else ''}{again}{start}"
+
+
+def _running_sentence(evidence: Evidence) -> str:
+    beat = evidence.heartbeat
+    if beat.get("job_id") not in (None, evidence.job_id) or "state" not in beat:
+        return "runs; the ranks are starting (importing PyTorch takes a while)"
+    silent_s = time.time() - float(beat.get("time_s", 0))
+    silent = f"; no sign of life for {silent_s / 60:.0f} min" if silent_s > FORGOTTEN_AFTER_S else ""
+    step = f", step {beat['step']} of {beat.get('total_steps', '?')}" if beat.get("step") is not None else ""
+    return f"runs: {beat['state']}{step}{silent}"
+
+
+def _judge_local(evidence: Evidence) -> State:
+    process = evidence.process
+    if process is not None and not is_here(process):
+        fresh = time.time() - evidence.last_sign_s < FORGOTTEN_AFTER_S
+        if fresh:
+            return State(word="UNKNOWN", sentence=f"was started on {process.host}; ask there", nodes=process.host)
+    elif process is not None and is_alive(process):
+        sentence = "is being cancelled" if evidence.cancelled else _running_sentence(evidence)
+        return State(word="RUNNING", sentence=sentence, nodes=process.host)
+    return _ended(evidence, "COMPLETED", nodes=process.host if process else None)
+
+
+def _judge_unseen(evidence: Evidence, unreachable: str | None) -> State:
+    """Slurm was not asked, or does not know the job (any more)."""
+    if unreachable is not None:
+        return State(word="UNKNOWN", sentence=f"cannot be told: {unreachable}")
+    if evidence.cancelled or evidence.last("stopped") or evidence.first_failure:
+        return _ended(evidence, "COMPLETED")
+    if time.time() - evidence.last_sign_s < FORGOTTEN_AFTER_S:
+        return State(
+            word="UNKNOWN", sentence=f"cannot be told: Slurm does not know job {evidence.job_id} (yet, or any more)"
+        )
+    return _ended(evidence, "FAILED", reason="Slurm has forgotten the job")
+
+
+def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: str | None = None) -> State:
+    """The state of a job that has ended without result.json; `word` is Slurm's (COMPLETED for a local job)."""
+    stopped = evidence.last("stopped")
+    if evidence.cancelled or word == "CANCELLED":
+        word, why = "CANCELLED", "was cancelled"
+    elif stopped and word == "COMPLETED":
+        word, why = "STOPPED", f"was told to stop ({stopped.get('reason')}), saved and left"
+    elif word == "COMPLETED":
+        word, why = "FAILED", _failure_words(evidence)
+    else:
+        failure = evidence.first_failure or reason_words(word, reason, evidence.job_id)
+        why = f"{state_words(word, evidence.job_id)}{f': {failure}' if failure else ''}"
+    saved = _newest_checkpoint(evidence.run)
+    return State(
+        word=word,
+        sentence=f"{why}; {f'a checkpoint of step {saved} is there' if saved else 'no checkpoint was written'}",
+        reason=reason,
+        nodes=nodes,
+    )
+
+
+def _failure_words(evidence: Evidence) -> str:
+    """Why a job failed whose end looked clean to Slurm, or that ran here."""
+    if evidence.first_failure:
+        return f"failed: {evidence.first_failure}"
+    ended = evidence.last("ended")
+    bad = {rank: code for rank, code in enumerate((ended or {}).get("exit_codes", ())) if code}
+    if bad:
+        rank, code = next(iter(bad.items()))
+        return f"failed: rank {rank} {f'was killed by signal {-code}' if code < 0 else f'ended with exit code {code}'}"
+    if evidence.cluster == "local" and ended is None:
+        return "failed: its processes are gone without a word (killed, or the machine was restarted)"
+    return "ended without result.json, so it counts as failed although its exit status was 0"
+
+
+def _newest_checkpoint(run: RunFolder) -> int | None:
+    """Step of the newest complete-looking checkpoint folder; whether it is sound only loading tells."""
+    if not run.checkpoints.is_dir():
+        return None
+    names = [path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*") if path.is_dir()]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
