@@ -46,7 +46,7 @@ def build(tree: Table, origin: str, findings: Findings) -> Built:
         if not _get(values, path) and path not in findings.paths:
             findings.refuse(_nearest_place(builder.places, path, origin), f"needed: {meaning}", path=path)
     filled = _with_required(values)
-    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), filled))
+    recipe = OmegaConf.to_object(OmegaConf.merge(_config(Recipe), filled))
     if not isinstance(recipe, Recipe):
         raise TypeError(f"OmegaConf made a {type(recipe).__name__} of a recipe")
     return Built(recipe, builder.places)
@@ -103,6 +103,7 @@ class _Builder:
     def section(self, section: type, table: Table, prefix: str) -> dict[str, Any]:
         """Plain values of the fields of `section` that are set and readable."""
         values: dict[str, Any] = {}
+        nodes: dict[str, Node] = {}
         for key, node in table.items.items():
             path = prefix + key
             hint = hints(section).get(key)
@@ -111,9 +112,11 @@ class _Builder:
                 continue
             self.places[path] = node.where
             value = self.field(node, hint, path)
-            if value is not _UNREAD and self.judged(section, key, value, node, path):
-                values[key] = value
-        return values
+            if value is not _UNREAD:
+                values[key], nodes[key] = value, node
+        if _fault(section, values) is None:
+            return values
+        return {key: value for key, value in values.items() if self.judged(section, key, value, nodes[key], prefix)}
 
     def field(self, node: Node, hint: Any, path: str) -> Any:
         special = _SPECIAL.get(path)
@@ -216,20 +219,12 @@ class _Builder:
         self.refuse(node.where, path, f"expected a share (0.02), rows (500), {{path: …}} or null; found {_shown(node)}")
         return _UNREAD
 
-    def judged(self, section: type, key: str, value: Any, node: Node, path: str) -> bool:
-        """Whether OmegaConf takes `value` for this field."""
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        hint = hints(section)[key]
-        try:
-            if hint is bool and not isinstance(value, bool):
-                raise TypeError("OmegaConf takes any number for true")
-            OmegaConf.merge(OmegaConf.structured(section), {key: value})
-        except (OmegaConfBaseException, TypeError, ValueError):
-            self.refuse(node.where, path, f"expected {_expected(hint)}, found {_shown(node)}")
-            return False
-        return True
+    def judged(self, section: type, key: str, value: Any, node: Node, prefix: str) -> bool:
+        """Whether this field takes `value`; a refusal shows what it wants."""
+        if _fault(section, {key: value}) is None:
+            return True
+        self.refuse(node.where, prefix + key, f"expected {_expected(hints(section)[key])}, found {_shown(node)}")
+        return False
 
     def unknown(self, where: Where, section: type, path: str) -> None:
         """Refuse a key nobody knows, with the nearest field of this section or of the whole recipe."""
@@ -241,6 +236,29 @@ class _Builder:
         known = one_of(sorted(hints(section)))
         hint = f"did you mean {guess[0]}?" if guess else f"{prefix or 'a recipe'} has {known}"
         self.refuse(where, path, f"unknown key; {hint}")
+
+
+@cache
+def _config(section: type) -> Any:
+    """OmegaConf's view of a section with its defaults; merging copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(section)
+
+
+def _fault(section: type, values: dict[str, Any]) -> Exception | None:
+    """What OmegaConf has against these values of a section, if anything."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for key, value in values.items():
+        if hints(section)[key] is bool and not isinstance(value, bool):
+            return TypeError(f"{key}: OmegaConf would take any number for true")
+    try:
+        OmegaConf.merge(_config(section), values)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _nearest_field(key: str) -> list[str]:
