@@ -1,5 +1,8 @@
 # shellcheck shell=bash
-# The checkout's .venv with pinned packages. Source it from the top of the checkout, then: ensure_venv EXTRA[,EXTRA]
+# A virtual environment with pinned packages. Source it from the top of the checkout, then:
+#
+#   ensure_venv EXTRA[,EXTRA]                .venv, the package as a link to this checkout
+#   ensure_venv EXTRA[,EXTRA] FOLDER copy    FOLDER, the package as a copy, renewed by every call
 #
 # Later calls cost nothing until pyproject.toml, constraints.txt or the extras asked for change.
 
@@ -39,28 +42,40 @@ ensure_ensurepip() {
 
 # Two runs at once would break each other's installation: the second waits.
 ensure_venv() {
-    local extras=$1 python stamp wanted torch
-    mkdir -p .venv
-    exec 9>.venv/.lock
+    local extras=$1 venv=${2:-.venv} form=${3:-link} stamp wanted
+    mkdir -p "$venv"
+    exec 9>"$venv/.lock"
     if ! flock -n 9; then
-        echo "Another installation into .venv is running; waiting for it."
+        echo "Another installation into $venv is running; waiting for it."
         flock 9
     fi
-    stamp=.venv/.installed-$extras
+    stamp=$venv/.installed-$extras
     wanted=$(cat pyproject.toml constraints.txt | sha256sum)
-    if [[ -x .venv/bin/launcher && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-        echo "Already installed."
-        exec 9>&-
-        return
+    if [[ -x $venv/bin/launcher && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        echo "Packages are already installed in $venv."
+    else
+        install_packages "$extras" "$venv" "$form"
+        echo "$wanted" >"$stamp"
     fi
+    if [[ $form == copy ]]; then install_copy "$venv"; fi
+    exec 9>&-
+}
+
+install_packages() {
+    local extras=$1 venv=$2 form=$3 python torch package=".[$1]"
     python=$(find_python)
     ensure_ensurepip "$python"
-    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
     torch=$(grep '^torch==' constraints.txt)
     echo "Installing $torch and the packages pinned in constraints.txt (several hundred megabytes, once) ..."
     # torch by its exact version first: a range would let pip prefer a newer, larger build.
-    .venv/bin/python -m pip install --quiet "$torch" -c constraints.txt
-    .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[$extras]"
-    echo "$wanted" >"$stamp"
-    exec 9>&-
+    "$venv/bin/python" -m pip install -qq --root-user-action=ignore "$torch" -c constraints.txt
+    if [[ $form == link ]]; then package="-e .[$extras]"; fi
+    # shellcheck disable=SC2086  # "-e" and its value
+    "$venv/bin/python" -m pip install -qq --root-user-action=ignore -c constraints.txt hatchling $package
+}
+
+# What changed since the last call is only our own code: no index is asked, nothing is resolved.
+install_copy() {
+    "$1/bin/python" -m pip install -qq --root-user-action=ignore --no-deps --no-build-isolation --force-reinstall .
 }

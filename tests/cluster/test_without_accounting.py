@@ -1,0 +1,62 @@
+"""A site without accounting: the same verbs tell the same truth, from the run folder and the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.runs.folder import RunFolder
+from tests.cluster.bed import Bed, dev_cluster, losses, slurm
+from tests.cluster.test_ends import HOLD, job_id
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_accounting(bed: Bed) -> Iterator[None]:
+    """The cluster, restarted without slurmdbd and with all nodes on one host name; restored afterwards."""
+    dev_cluster("start", ACCT="0", MODE="ports")
+    yield
+    dev_cluster("start", ACCT="1", MODE="netns")
+
+
+@pytest.fixture(scope="module")
+def killed(bed: Bed, no_accounting: None) -> RunFolder:
+    """A run whose worker dies without a word, which leaves no result for submitit to find."""
+    return bed.submit(bed.recipe("killed", train={"max_steps": 100_000, "eval_steps": 50_000}))
+
+
+@pytest.fixture(scope="module")
+def lora(bed: Bed, no_accounting: None, killed: RunFolder) -> RunFolder:
+    """A run that ends well; queued beside the other."""
+    return bed.submit(bed.recipe("plain"))
+
+
+def test_accounting_is_really_absent() -> None:
+    """The premise of this module."""
+    assert "accounting storage is disabled" in slurm("sacct")
+
+
+def test_a_run_completes(bed: Bed, killed: RunFolder, lora: RunFolder) -> None:
+    """`wait`, `status` and `logs` reach the end of a run without sacct."""
+    assert bed.finished(lora)["step"] == 6
+    assert bed.status(lora)["state"] == "completed"
+    assert "6/6" in bed.launcher("logs", lora.run_id).expect().out
+
+
+def test_a_worker_that_dies_without_a_word_is_seen(bed: Bed, killed: RunFolder) -> None:
+    """SIGKILL to the rank: the job's failure is known although no record could be written."""
+    bed.until(lambda: losses(killed), "the first step", killed, limit_s=300)
+    slurm("pkill", "-KILL", "--full", f"{killed.run_id}/submission")
+    answer = bed.wait(killed)
+    assert answer.code == 8
+    assert bed.status(killed)["state"] == "failed"
+
+
+def test_cancel_while_pending(bed: Bed) -> None:
+    """A held job is cancelled and stays known as cancelled."""
+    run = bed.submit(bed.recipe("never"), HOLD)
+    assert bed.status(run)["state"] == "pending"
+    bed.launcher("cancel", run.run_id).expect()
+    bed.until(lambda: job_id(run) not in bed.queue(), "the job leaves the queue", run)
+    assert bed.status(run)["state"] == "cancelled"
+    assert bed.wait(run).code == 8
