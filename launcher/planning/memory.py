@@ -1,4 +1,4 @@
-"""Bytes per GPU, per host and on disk, term by term.
+"""Bytes per GPU, term by term: what is alive at each moment of a step.
 
 Symbols: P parameters, P_t trainable ones, N data-parallel ranks, T tokens of one micro-batch, d hidden size,
 q and k widths of all query and of all key heads, f MLP width, L layers, V vocabulary, c bytes of the compute dtype.
@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from launcher.facts.gpu import gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
-from launcher.planning.plan import Candidate, Interval, MemoryEstimate
+from launcher.planning.activations import (
+    layer_activation_bytes_per_token,
+    logits_bytes_per_token,
+    stored_bytes_per_token,
+)
+from launcher.planning.plan import DTYPE_BYTES, Candidate, Interval, MemoryEstimate
 from launcher.planning.stack import OUR_STACK, StackProfile
-from launcher.planning.trainable import targeted, trainable_params
+from launcher.planning.states import states, weight_bytes
+from launcher.planning.trainable import trainable_params
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "runtime")
 _CPU_USABLE = 0.9
 """Share of a host's memory that CPU ranks may plan with."""
-_LOADING_SHARD_BYTES = 5 * 2**30
-"""One weight file on its way to the device, per rank."""
-_PINNED = 1.1
-"""Pinned host buffers round up; transfer buffers come on top."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,187 +115,6 @@ def _runtime_bytes(candidate: Candidate, stack: StackProfile) -> int:
     if candidate.device == "cpu":
         return stack.process_bytes
     return stack.context_bytes + (stack.communicator_bytes if candidate.world_size > 1 else 0)
-
-
-# ---------------------------------------------------------------- states
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class States:
-    """Resident bytes of one rank that do not depend on the batch."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    gradients_between: float
-    """Gradient bytes alive outside backward: what accumulation or flat buffers keep."""
-    step_temporary: float
-    """Extra bytes of the optimizer step."""
-
-    @property
-    def total_bytes(self) -> float:
-        """Weights, gradients and optimizer states together."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def states(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> States:
-    """Weights, gradients and optimizer states of one rank (ZeRO, arXiv 1910.02054, section 3, and DeepSpeed's code)."""
-    if candidate.zero_stage == 0:
-        return _plain_states(model, candidate, stack)
-    return _zero_states(model, candidate, stack)
-
-
-def weight_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> float:
-    """Bytes of the whole base model as it is held, unsharded, without adapters.
-
-    NF4 takes half a byte per weight and one scale per 64: 4 bytes, or with double quantization 1 byte and
-    4 bytes per 256 scales (QLoRA, arXiv 2305.14314, section 3). Only linear layers are quantized.
-    """
-    compute = _held_bytes(candidate)
-    if candidate.quant is None:
-        return model.params * compute
-    scale = (1 + 4 / 256) / 64 if candidate.quant.double_quant else 4 / 64
-    quantized = model.layers * sum(linear.in_features * linear.out_features for linear in model.linears)
-    if stack.experts_quantized:
-        quantized += model.layers * model.expert_params_per_layer
-    return quantized * (0.5 + scale) + (model.params - quantized) * compute
-
-
-def _held_bytes(candidate: Candidate) -> int:
-    """Bytes per weight of the base: fp32 masters where plain torch trains everything, else the compute dtype."""
-    if candidate.method == "full" and candidate.zero_stage == 0:
-        return 4
-    return DTYPE_BYTES[candidate.precision]
-
-
-def _moments_bytes(candidate: Candidate) -> float:
-    """Adam's two moments per trained element: fp32, or 8 bits with one fp32 scale per 256 (bitsandbytes)."""
-    return 2 * (1 + 4 / 256) if "8bit" in candidate.optim else 8
-
-
-def _plain_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
-    """Plain torch: fp32 trained weights (no other master copy), fp32 gradients and moments, nothing sharded."""
-    trained = trainable_params(model, candidate)
-    base = weight_bytes(model, candidate, stack)
-    weights = base if candidate.method == "full" else base + 4 * trained
-    gradients = 4.0 * trained
-    distributed = candidate.world_size > 1
-    if distributed and stack.ddp_extra_gradient_copy:
-        gradients *= 2
-    accumulates = candidate.gradient_accumulation > 1 or distributed
-    # foreach AdamW on a GPU holds one more parameter-sized list; fused and per-tensor updates do not.
-    foreach = candidate.device == "cuda" and candidate.optim == "adamw_torch"
-    return States(
-        weights=weights,
-        gradients=gradients,
-        optimizer=_moments_bytes(candidate) * trained,
-        gradients_between=gradients if accumulates else 0,
-        step_temporary=4 * trained if foreach else 0,
-    )
-
-
-def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
-    """DeepSpeed: compute-dtype weights, an fp32 master with two moments, sharded from stage 1, 2 or 3 on."""
-    trained, ranks, stage = trainable_params(model, candidate), candidate.world_size, candidate.zero_stage
-    compute = DTYPE_BYTES[candidate.precision]
-    whole = weight_bytes(model, candidate, stack) + (0 if candidate.method == "full" else compute * trained)
-    weights = whole
-    if stage == 3:
-        # Norms stay below DeepSpeed's persistence threshold and are never partitioned.
-        persistent = model.layers * model.norm_params + model.final_norm_params
-        weights = 0 if candidate.offload_param != "none" else whole / ranks
-        weights += compute * persistent * (1 - 1 / ranks)
-    on_device = candidate.offload_optimizer == "none"
-    gradients: float
-    if stage == 1:
-        gradients = compute * trained
-    else:
-        gradients = stack.gradient_accumulation_bytes * trained / ranks if on_device else 0.0
-    shard = trained / ranks
-    optimizer = (4 + _moments_bytes(candidate)) * shard if on_device else 0.0
-    # The step works on fp32 gradients, flattened: of the whole shard in stages 1-2, of one sub-group in stage 3.
-    temporary = 4 * (min(shard, candidate.buckets.sub_group_elements) if stage == 3 else shard) if on_device else 0.0
-    return States(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        gradients_between=gradients,
-        step_temporary=temporary,
-    )
-
-
-# ---------------------------------------------------------------- activations
-
-
-def layer_activation_bytes_per_token(model: ModelShape, candidate: Candidate) -> float:
-    """Bytes one token leaves behind in one layer for backward, without checkpointing.
-
-    Two RMSNorms (fp32 copy, normalized and scaled output): 8d + 4cd; attention: rotated q and k, v, output and the
-    softmax statistics: c(2q + 2k); gated MLP: gate, activated gate, up, product and one transient: 5cf. At c = 2
-    that is 16d + 4q + 4k + 10f, within 1 % of the blocks Bekman measured (Llama, Mistral, Qwen, SmolLM).
-    """
-    size = DTYPE_BYTES[candidate.precision]
-    norm = 4 + 2 * size if model.norm == "RMSNorm" else 2 * size
-    total = model.norms_per_layer * norm * model.hidden
-    total += size * (2 * model.q_width + 2 * model.kv_width) + 4 * model.heads
-    if model.qk_norm:
-        total += 3.5 * size * (model.q_width + model.kv_width)
-    total += _attention_extra(model, candidate, size)
-    mlp = (5 if model.gated_mlp else 3) * size * model.intermediate
-    if model.experts:
-        routing = 4 * model.experts + 2 * size * model.hidden * model.experts_per_token
-        mlp = model.experts_per_token * mlp + routing
-    return total + mlp + _adapter_bytes_per_token(model, candidate, size)
-
-
-def _attention_extra(model: ModelShape, candidate: Candidate, size: int) -> float:
-    """Eager attention stores scores (quadratic); packed rows under SDPA need a mask, hence repeated key heads."""
-    if candidate.attn_implementation == "eager":
-        return (2 * size + 4) * model.heads * candidate.seq_len
-    if candidate.attn_implementation == "sdpa" and candidate.packing:
-        return 2 * size * (model.q_width - model.kv_width)
-    return 0
-
-
-def _adapter_bytes_per_token(model: ModelShape, candidate: Candidate, size: int) -> float:
-    """Inputs that low-rank adapters keep of their own in one layer.
-
-    fp32 adapters under autocast cast their input, so that every target holds a copy; dropout holds a copy and a
-    1-byte mask per target; bf16 adapters without dropout share what the base kept anyway.
-    """
-    if candidate.lora is None:
-        return 0
-    layered, _ = targeted(model, candidate.lora.target_modules)
-    dropout = candidate.lora.lora_dropout > 0
-    copies = candidate.precision != "fp32" and candidate.zero_stage == 0
-    per_input = (size if copies or dropout else 0) + (1 if dropout else 0)
-    inputs = sum(linear.in_features for linear in layered) * per_input
-    inner = size * candidate.lora.r * len(layered)
-    outputs = 2 * size * sum(linear.out_features for linear in layered) if candidate.lora.use_dora else 0
-    return inputs + inner + outputs
-
-
-def stored_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
-    """Bytes per token alive between forward and backward, all layers together."""
-    if not candidate.gradient_checkpointing:
-        return model.layers * layer_activation_bytes_per_token(model, candidate)
-    wide = stack.residual_fp32_after_kbit and candidate.quant is not None
-    size = 4 if wide else DTYPE_BYTES[candidate.precision]
-    return model.layers * size * model.hidden
-
-
-def logits_bytes_per_token(
-    model: ModelShape, candidate: Candidate, stack: StackProfile, *, backward: bool = True
-) -> float:
-    """Bytes per token at the peak of a plain cross-entropy, final norm included."""
-    size = DTYPE_BYTES[candidate.precision]
-    held, wide = stack.logits_backward if backward else stack.logits_forward
-    # fp32 logits need no fp32 copy.
-    copies = held * size + 4 * (wide if size != 4 or backward else wide - 1)
-    return copies * model.vocab + (4 + 2 * size) * model.hidden
-
-
-# ---------------------------------------------------------------- moments
 
 
 def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> list[Moment]:
@@ -407,45 +227,3 @@ def _allgather_bytes(model: ModelShape, candidate: Candidate) -> float:
         return 0
     elements = min(candidate.buckets.allgather_elements, trainable_params(model, candidate))
     return DTYPE_BYTES[candidate.precision] * elements
-
-
-# ---------------------------------------------------------------- host and disk
-
-
-def host_ram_bytes_per_node(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> int:
-    """Host memory of the fullest node: processes, weights on their way to the device, offloaded states.
-
-    Offloaded optimizer: fp32 master, two moments and fp32 gradients, 16 bytes per trained element over all nodes
-    (DeepSpeed's own estimator counts 16 as well, times 1.5); offloaded parameters: the compute dtype once more.
-    """
-    trained = trainable_params(model, candidate)
-    offloaded = 0.0
-    if candidate.offload_optimizer == "cpu":
-        offloaded += 16 * trained / candidate.nodes * _PINNED
-    if candidate.offload_param == "cpu":
-        offloaded += weight_bytes(model, candidate, stack) / candidate.nodes * _PINNED
-    processes = candidate.gpus_per_node * stack.process_bytes
-    if candidate.device == "cpu":
-        peak = max(moment.total_bytes for moment in moments(model, candidate, stack))
-        return int(processes + candidate.gpus_per_node * peak + offloaded)
-    return int(processes + max(offloaded, _loading_host_bytes(model, candidate, stack)))
-
-
-def _loading_host_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
-    """What weights pass through the host.
-
-    ZeRO-3: the first rank reads the model and the others take their shards; 4-bit: file by file to the device;
-    else every rank reads the whole model and moves it.
-    """
-    if candidate.quant is not None:
-        return candidate.gpus_per_node * _LOADING_SHARD_BYTES
-    whole = weight_bytes(model, candidate, stack)
-    return whole if candidate.zero_stage == 3 else candidate.gpus_per_node * whole
-
-
-def checkpoint_bytes(model: ModelShape, candidate: Candidate) -> int:
-    """One checkpoint on disk: trained weights and what the optimizer needs to go on exactly."""
-    trained = trainable_params(model, candidate)
-    if candidate.zero_stage == 0:
-        return int(trained * (4 + _moments_bytes(candidate)))
-    return int(trained * (DTYPE_BYTES[candidate.precision] + 4 + _moments_bytes(candidate)))

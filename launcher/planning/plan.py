@@ -14,6 +14,8 @@ from typing import Any
 from launcher.errors import ConflictError
 
 SCHEMA = 1
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes per element of a candidate's `precision`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from launcher.facts.gpu import Gpu, gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
-from launcher.planning.memory import DTYPE_BYTES, weight_bytes
-from launcher.planning.plan import Candidate, Cost, Interval
+from launcher.planning.plan import DTYPE_BYTES, Candidate, Cost, Interval
+from launcher.planning.states import weight_bytes
 from launcher.planning.trainable import trainable_params
 
 _INTER_NODE_BYTES_S = 25e9
@@ -26,6 +26,9 @@ _LAUNCH_S_PER_LAYER = 0.3e-3
 """Host time to launch the kernels of one layer's forward."""
 _RAMP_TOKENS = 400
 """Tokens per micro-batch at which a GPU reaches half its large-batch efficiency."""
+_CPU_RAMP_TOKENS = 64
+_EXPERT_EFFICIENCY = 0.5
+"""Routed experts see a share of the tokens each: small matrices, and permutation besides."""
 _CPU_ADAM_S_PER_PARAM = 0.6e-9
 """Offloaded Adam per element and host (ZenFlow measured > 4 s for 7e9 on one host)."""
 _NVME_BYTES_S = 5e9
@@ -94,8 +97,10 @@ def _micro_batch_s(model: ModelShape, candidate: Candidate, device: Gpu, site: S
     """Arithmetic, or the host's time to launch kernels where a micro-batch is too small to hide it."""
     tokens = candidate.micro_batch * candidate.seq_len
     arithmetic = tokens * flop_per_token(model, candidate) / _flops(candidate, device, site)
+    if model.experts:
+        arithmetic /= _EXPERT_EFFICIENCY
     if device.is_cpu:
-        return arithmetic
+        return arithmetic * (1 + _CPU_RAMP_TOKENS / tokens)
     passes = 4 if candidate.gradient_checkpointing else 3
     adapters = 1.0 if candidate.lora is None else 1.8
     floor = model.layers * passes * adapters * _LAUNCH_S_PER_LAYER
