@@ -213,7 +213,7 @@ def _read_csv(path: Path, _source: DataSource, problems: Problems) -> Iterator[L
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 after line {reader.line_num} ({error.reason})") from error
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+            raise DataError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from error
 
 
 def _read_txt(path: Path, _source: DataSource, problems: Problems) -> Iterator[Located]:

@@ -151,7 +151,7 @@ class Tokenizing:
     def _turn(self, where: str, example: Example, turn: int, text: str) -> Span:
         """Characters of one assistant turn, its end marker included, without white space behind that."""
         before = self._render(where, example, turn, prompt=True) if turn else ""
-        after = self._render(where, example, turn + 1)
+        after = text if turn + 1 == len(example.messages) else self._render(where, example, turn + 1)
         if not text.startswith(before) and turn and text.startswith(self._render(where, example, turn)):
             # The generation prompt adds something answers do not have (such as an opened thinking block).
             before = _common_start(before, text)
