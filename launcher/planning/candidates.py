@@ -86,6 +86,9 @@ def shardings(recipe: Recipe, method: str, layout: Layout, device: Gpu) -> list[
     """Shardings worth trying, simplest first (frozen weights gain nothing from stages 1 and 2)."""
     asked = recipe.deepspeed
     stages = [asked.stage] if isinstance(asked.stage, int) else _stages(method, layout)
+    if asked.overrides and not isinstance(asked.stage, int):
+        # Overrides ask for DeepSpeed, which stage 0 does without.
+        stages = [stage for stage in stages if stage] or [2]
     found = []
     for stage in stages:
         for optimizer in _offloads(asked.offload_optimizer, allowed=stage > 0 and method == "full", device=device):

@@ -8,6 +8,7 @@ from launcher.errors import ClusterError, RecipeError, raise_all
 from launcher.facts.gpu import gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
+from launcher.planning.deepspeed_config import override_problems
 from launcher.planning.trainable import targeted
 from launcher.recipe.schema import LORA_METHODS, Recipe
 
@@ -21,6 +22,7 @@ def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
     """
     raise_all(ClusterError, list(_site_problems(recipe, site)))
     problems = [*_batch_problems(recipe), *_sharding_problems(recipe), *_device_problems(recipe, site)]
+    problems += override_problems(recipe.deepspeed.overrides)
     if recipe.method in (*LORA_METHODS, "auto"):
         try:
             targeted(model, recipe.lora.target_modules)

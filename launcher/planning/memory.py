@@ -214,11 +214,12 @@ def weight_per_param(model: ModelShape, candidate: Candidate) -> float:
 
 
 def _bucket_bytes(model: ModelShape, candidate: Candidate) -> float:
-    """DeepSpeed's contiguous gradient buffer; a tensor larger than the bucket passes beside it."""
+    """DeepSpeed's contiguous gradient buffer, two of them where stages 1 and 2 overlap filling and reducing."""
     if candidate.zero_stage == 0:
         return 0
-    size = DTYPE_BYTES[candidate.precision]
-    return size * min(candidate.buckets.reduce_elements, trainable_params(model, candidate))
+    buffers = 2 if candidate.zero_stage < 3 and candidate.device == "cuda" else 1
+    elements = min(candidate.buckets.reduce_elements, trainable_params(model, candidate))
+    return buffers * DTYPE_BYTES[candidate.precision] * elements
 
 
 def _allgather_bytes(model: ModelShape, candidate: Candidate) -> float:
