@@ -17,7 +17,6 @@ from launcher import __version__
 from launcher.errors import JobFailedError, LauncherError
 
 if TYPE_CHECKING:
-    from launcher.planning.prepare import Planned
     from launcher.runs.folder import RunFolder
 
 _SBATCH_FLAGS = {
@@ -117,8 +116,8 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def _notices(planned: Planned) -> None:
-    for notice in planned.loaded.notices:
+def _notices(notices: Sequence[str]) -> None:
+    for notice in notices:
         click.echo(f"note: {notice}", err=True)
 
 
@@ -141,7 +140,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, explain: bool, 
     refused: DoesNotFitError | None = None
     try:
         planned = plan_recipe(find_recipe(recipe), _overrides(overrides))
-        _notices(planned)
+        _notices(planned.loaded.notices)
         decided = planned.plan
     except DoesNotFitError as error:
         refused, decided = error, error.plan
@@ -213,21 +212,25 @@ def submit(
     """Check everything that can be checked, then submit (or run here with --local)."""
     from launcher.planning.prepare import plan_recipe
     from launcher.recipe.shipped import find_recipe
-    from launcher.runs import launching
+    from launcher.runs import launching, submission
 
     chosen = [f"{_SBATCH_FLAGS[flag]}={value}" for flag, value in sbatch_flags.items() if value is not None]
     chosen += ["slurm.site=local"] if local else []
     planned = plan_recipe(find_recipe(recipe), [*_overrides(overrides), *chosen])
-    _notices(planned)
+    _notices(planned.loaded.notices)
     if dry_run:
-        _print_json(launching.dry_run(planned))
+        request, notices = launching.dry_run(planned)
+        _notices(notices)
+        _print_json(request)
         return
+    made = launching.create(planned)
+    _notices(made.notices)
+    run = made.run
     if print_sbatch:
-        run, script = launching.write_script(planned)
-        click.echo(script, nl=False)
+        click.echo(submission.print_sbatch(made.request), nl=False)
         click.echo(f"Next: save the script and `sbatch` it; then launcher status {run.run_id}", err=True)
         return
-    run, job_id = launching.launch(planned)
+    job_id = submission.submit(made.request)
     if as_json:
         _print_json({"run": run.run_id, "path": str(run.path), "job_id": job_id})
     else:

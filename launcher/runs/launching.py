@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +12,38 @@ from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder
 from launcher.runs.preflight import check
 from launcher.runs.status import runs_folder
-from launcher.runs.submission import JobRequest, create_run, describe, job_request, print_sbatch
-from launcher.runs.submission import submit as send
+from launcher.runs.submission import JobRequest, create_run, describe, job_request
 
 
 def _parent(recipe: Recipe) -> Path:
     return runs_folder(None) if recipe.output_dir == "auto" else Path(recipe.output_dir).expanduser()
 
 
-def _checked(planned: Planned) -> tuple[Recipe, Path]:
-    """The resolved recipe and the folder for its run, after every check that needs no job."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """A run that exists, and what the checks noticed on the way."""
+
+    run: RunFolder
+    request: JobRequest
+    notices: tuple[str, ...]
+
+
+def _checked(planned: Planned) -> tuple[Recipe, Path, tuple[str, ...]]:
+    """Resolve the recipe and check all that needs no job; returns it, the folder for its run, and notices."""
     recipe = resolve(planned.recipe, planned.plan)
     parent = _parent(recipe)
-    check(recipe, planned.plan, planned.site, parent)
-    return recipe, parent
+    return recipe, parent, tuple(check(recipe, planned.plan, planned.site, parent))
 
 
-def _created(planned: Planned) -> tuple[RunFolder, JobRequest]:
-    recipe, parent = _checked(planned)
+def create(planned: Planned) -> Launched:
+    """Check, then make the run folder; nothing is submitted."""
+    recipe, parent, notices = _checked(planned)
     run = create_run(planned.loaded.text, recipe, planned.plan, planned.site, parent)
-    return run, job_request(planned.plan, recipe, run, planned.site)
+    return Launched(run=run, request=job_request(planned.plan, recipe, run, planned.site), notices=notices)
 
 
-def dry_run(planned: Planned) -> dict[str, Any]:
-    """The very request `launch` would send, for a run folder that does not exist yet."""
-    recipe, parent = _checked(planned)
+def dry_run(planned: Planned) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Show the very request `create` and `send` would make, for a run folder that does not exist yet."""
+    recipe, parent, notices = _checked(planned)
     run = RunFolder(parent.resolve() / f"{recipe.name}-xxxxx")
-    return describe(job_request(planned.plan, recipe, run, planned.site))
-
-
-def write_script(planned: Planned) -> tuple[RunFolder, str]:
-    """Make the run folder and the script that plain sbatch accepts; nothing is submitted."""
-    run, request = _created(planned)
-    return run, print_sbatch(request)
-
-
-def launch(planned: Planned) -> tuple[RunFolder, str]:
-    """Make the run folder and submit; returns the run and its job id."""
-    run, request = _created(planned)
-    return run, send(request)
+    return describe(job_request(planned.plan, recipe, run, planned.site)), notices
