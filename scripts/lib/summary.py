@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,7 +22,7 @@ def count(file: Path) -> dict[str, float]:
 
 
 def main(folder: Path) -> int:
-    """Print the table; 1 when a test failed or none ran."""
+    """Print the table; 1 when a test failed, none ran, or one was skipped that must not be."""
     parts = {file.stem: count(file) for file in sorted(folder.glob("*.xml"))}
     print("\n== Summary")
     for name, numbers in parts.items():
@@ -29,7 +30,16 @@ def main(folder: Path) -> int:
         print(f"{name:8} {counted}  {numbers['seconds']:6.0f} s")
     total = {column: int(sum(numbers[column] for numbers in parts.values())) for column in COLUMNS}
     print(", ".join(f"{total[column]} {column}" for column in COLUMNS))
-    return int(total["failed"] > 0 or total["passed"] == 0)
+    return int(total["failed"] > 0 or total["passed"] == 0 or slurm_skipped(parts))
+
+
+def slurm_skipped(parts: dict[str, dict[str, float]]) -> bool:
+    """Whether a Slurm test was skipped where that is not allowed."""
+    required = os.environ.get("CI") == "true" or os.environ.get("LAUNCHER_REQUIRE_SLURM")
+    skipped = bool(required and parts.get("cluster", {}).get("skipped"))
+    if skipped:
+        print("Slurm tests were skipped, which CI=true and LAUNCHER_REQUIRE_SLURM do not allow", file=sys.stderr)
+    return skipped
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ def job_id(run: RunFolder) -> str:
 
 def test_cancel_while_pending(bed: Bed, held: RunFolder, endless: RunFolder, broken: RunFolder) -> None:
     """A pending run is shown as pending, is gone from the queue at once when cancelled, and never ran."""
-    assert bed.status(held)["state"] == "pending"
+    assert bed.status(held)["state"] == "PENDING"
     bed.launcher("cancel", held.run_id).expect()
     bed.until(lambda: job_id(held) not in bed.queue(), "the job leaves the queue", held)
-    assert bed.status(held)["state"] == "cancelled"
+    assert bed.status(held)["state"] == "CANCELLED"
     assert bed.wait(held).code == 8
     assert not list(held.logs.iterdir())
 
@@ -54,10 +54,10 @@ def test_cancel_while_pending(bed: Bed, held: RunFolder, endless: RunFolder, bro
 def test_cancel_while_running(bed: Bed, endless: RunFolder) -> None:
     """A running run stops with all its processes, is shown as cancelled, and is not started again."""
     bed.until(lambda: losses(endless), "the first step", endless, limit_s=300)
-    assert bed.status(endless)["state"] == "running"
+    assert bed.status(endless)["state"] == "RUNNING"
     bed.launcher("cancel", endless.run_id).expect()
     bed.until(lambda: job_id(endless) not in bed.queue(), "the job leaves the queue", endless)
-    bed.until(lambda: bed.status(endless)["state"] == "cancelled", "the state is cancelled", endless, limit_s=30)
+    bed.until(lambda: bed.status(endless)["state"] == "CANCELLED", "the state is cancelled", endless, limit_s=30)
     bed.until(lambda: not processes_of(endless), "no process of the run is left", endless, limit_s=30)
     assert bed.wait(endless).code == 8
     assert not endless.result.exists()
@@ -65,16 +65,16 @@ def test_cancel_while_running(bed: Bed, endless: RunFolder) -> None:
 
 def test_cancelling_twice_is_harmless(bed: Bed, endless: RunFolder) -> None:
     """A second cancel finds the run ended and says so."""
-    bed.until(lambda: bed.status(endless)["state"] == "cancelled", "the state is cancelled", endless)
+    bed.until(lambda: bed.status(endless)["state"] == "CANCELLED", "the state is cancelled", endless)
     bed.launcher("cancel", endless.run_id).expect()
-    assert bed.status(endless)["state"] == "cancelled"
+    assert bed.status(endless)["state"] == "CANCELLED"
 
 
 def test_a_failing_job_is_seen_as_failed(bed: Bed, broken: RunFolder) -> None:
     """The worker's non-zero exit reaches Slurm, `wait` (exit 8) and `status`, with the row that broke it."""
     answer = bed.wait(broken)
     assert answer.code == 8
-    assert bed.status(broken)["state"] == "failed"
+    assert bed.status(broken)["state"] == "FAILED"
     assert "later.jsonl:65" in bed.launcher("logs", broken.run_id).expect().out
     assert not broken.result.exists()
     state, code = (

@@ -74,7 +74,7 @@ def test_status_and_logs_tell_the_end(bed: Bed, runs: dict[str, RunFolder]) -> N
     """`status` says completed, in the run's words and in Slurm's, and `logs` shows the steps."""
     bed.finished(runs["lora"])
     status = bed.status(runs["lora"])
-    assert status["state"] == "completed"
+    assert status["state"] == "COMPLETED"
     assert status["step"] == 6
     assert "6/6" in bed.launcher("logs", runs["lora"].run_id).expect().out
     listed = bed.launcher("status").expect().out

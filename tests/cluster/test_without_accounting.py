@@ -39,7 +39,7 @@ def test_accounting_is_really_absent() -> None:
 def test_a_run_completes(bed: Bed, killed: RunFolder, lora: RunFolder) -> None:
     """`wait`, `status` and `logs` reach the end of a run without sacct."""
     assert bed.finished(lora)["step"] == 6
-    assert bed.status(lora)["state"] == "completed"
+    assert bed.status(lora)["state"] == "COMPLETED"
     assert "6/6" in bed.launcher("logs", lora.run_id).expect().out
 
 
@@ -49,14 +49,14 @@ def test_a_worker_that_dies_without_a_word_is_seen(bed: Bed, killed: RunFolder) 
     slurm("pkill", "-KILL", "--full", f"{killed.run_id}/submission")
     answer = bed.wait(killed)
     assert answer.code == 8
-    assert bed.status(killed)["state"] == "failed"
+    assert bed.status(killed)["state"] == "FAILED"
 
 
 def test_cancel_while_pending(bed: Bed) -> None:
     """A held job is cancelled and stays known as cancelled."""
     run = bed.submit(bed.recipe("never"), HOLD)
-    assert bed.status(run)["state"] == "pending"
+    assert bed.status(run)["state"] == "PENDING"
     bed.launcher("cancel", run.run_id).expect()
     bed.until(lambda: job_id(run) not in bed.queue(), "the job leaves the queue", run)
-    assert bed.status(run)["state"] == "cancelled"
+    assert bed.status(run)["state"] == "CANCELLED"
     assert bed.wait(run).code == 8

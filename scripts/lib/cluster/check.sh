@@ -37,5 +37,5 @@ require_free_config() {
 }
 
 require_node() {
-  node_names | grep -qx "${1:-}" || fail "no node \"${1:-}\"; there are: $(node_names | tr '\n' ' ')"
+  node_names | grep -x "${1:-}" >/dev/null || fail "no node \"${1:-}\"; there are: $(node_names | tr '\n' ' ')"
 }

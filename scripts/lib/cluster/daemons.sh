@@ -26,11 +26,11 @@ stop_pid() {
   rm -f "$1"
 }
 
-# daemon NAME COMMAND...: in a session of its own, holding none of our pipes
+# daemon NAME COMMAND...: in a session of its own, holding neither our pipes nor our lock
 daemon() {
   local name=$1
   shift
-  setsid "$@" >"$LOGS/$name.out" 2>&1 </dev/null &
+  setsid "$@" >"$LOGS/$name.out" 2>&1 </dev/null 8>&- &
 }
 
 start_munge() {
@@ -43,7 +43,7 @@ start_munge() {
     chmod 400 /etc/munge/munge.key
   fi
   if ! munge_answers >/dev/null 2>&1; then
-    setpriv --reuid=munge --regid=munge --clear-groups munged --force >"$LOGS/munged.out" 2>&1 </dev/null
+    setpriv --reuid=munge --regid=munge --clear-groups munged --force >"$LOGS/munged.out" 2>&1 </dev/null 8>&-
     touch "$RUN/munge-is-ours"
   fi
   wait_for 10 "munged" munge_answers
@@ -97,7 +97,7 @@ register_cluster() {
   known account dev || sacctmgr -i add account dev Description=dev Organization=dev >/dev/null
   local user
   for user in "$JOBUSER" root; do
-    sacctmgr -n list assoc user="$user" account=dev format=user | grep -q . ||
+    sacctmgr -n list assoc user="$user" account=dev format=user | grep . >/dev/null ||
       sacctmgr -i add user "$user" account=dev qos=normal,preemptible,urgent defaultqos=normal >/dev/null
   done
 }
@@ -106,7 +106,7 @@ register_cluster() {
 known() {
   local column=$1
   if [ "$1" = qos ]; then column=name; fi
-  sacctmgr -n list "$1" format="$column%30" | grep -qw "$2"
+  sacctmgr -n list "$1" format="$column%30" | grep -w "$2" >/dev/null
 }
 
 start_controller() {
@@ -115,7 +115,7 @@ start_controller() {
   WATCH=$! wait_for 30 "slurmctld" controller_answers
 }
 
-controller_answers() { scontrol ping | grep -q "is UP"; }
+controller_answers() { scontrol ping | grep "is UP" >/dev/null; }
 
 stop_daemons() {
   stop_pid "$RUN/slurmctld.pid" 10

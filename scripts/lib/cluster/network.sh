@@ -5,7 +5,7 @@ network_up() {
   [ "$MODE" = netns ] || return 0
   local index
   ip link show "$BRIDGE" >/dev/null 2>&1 || ip link add "$BRIDGE" type bridge
-  ip addr show dev "$BRIDGE" | grep -q "$CONTROLLER/" || ip addr add "$CONTROLLER/24" dev "$BRIDGE"
+  ip addr show dev "$BRIDGE" | grep "$CONTROLLER/" >/dev/null || ip addr add "$CONTROLLER/24" dev "$BRIDGE"
   ip link set "$BRIDGE" up
   for ((index = 1; index <= NODES; index++)); do node_network_up "node$index" "$SUBNET.$((10 + index))"; done
 }
@@ -15,7 +15,7 @@ node_network_up() {
   # There is no way out of a node: with the host's resolv.conf every unknown name would hang for 10 s.
   install -d "/etc/netns/$node"
   echo "options timeout:1 attempts:1" >"/etc/netns/$node/resolv.conf"
-  if ip netns list | grep -qw "$node"; then return 0; fi
+  if ip netns list | grep -w "$node" >/dev/null; then return 0; fi
   ip netns add "$node"
   ip link add "v$node" type veth peer name eth0 netns "$node"
   ip link set "v$node" master "$BRIDGE" up

@@ -40,7 +40,7 @@ node_pids() {
   # node's log file open; whatever descends from them belongs to that node.
   local pid roots=""
   for pid in $(ps -eo pid=,comm= | awk '$2 ~ /^slurm(d|stepd)/ {print $1}'); do
-    if find "/proc/$pid/fd" -lname "$LOGS/slurmd-$1.log" 2>/dev/null | grep -q .; then roots="$roots $pid"; fi
+    if find "/proc/$pid/fd" -lname "$LOGS/slurmd-$1.log" 2>/dev/null | grep . >/dev/null; then roots="$roots $pid"; fi
   done
   [ -n "$roots" ] || return 0
   ps -eo pid=,ppid= --sort=start_time | awk -v roots="$roots" '

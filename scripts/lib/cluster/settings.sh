@@ -1,6 +1,8 @@
 # Settings of the development cluster: read from the environment, remembered while it runs.
 # shellcheck shell=bash
 
+# In these files `grep -q` never ends a pipe: it leaves early, and with pipefail the writer's SIGPIPE reads as "not found".
+
 SETTING_NAMES=(MODE ACCT NODES GPUS CPUS MEM JOBUSER)
 
 load_settings() {
@@ -9,6 +11,7 @@ load_settings() {
   ROOT=${ROOT:-/var/lib/launcher-dev-cluster}
   LOGS=$ROOT/log
   RUN=$ROOT/run
+  LOCK=/run/lock/launcher-dev-cluster
   ETC=/etc/slurm
   SUBNET=10.77.0
   BRIDGE=slurmbr0
