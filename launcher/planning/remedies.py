@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from launcher.errors import RecipeError
+from launcher.planning.checks import node_limit
 from launcher.planning.estimate import GIB, Task
 from launcher.planning.plan import Candidate, Estimate
 from launcher.recipe.schema import AUTO, Recipe
@@ -21,7 +22,7 @@ def nearest_that_fits(
 ) -> list[str]:
     """What to change, least first, each with the peak it leads to; at most three, empty when nothing helps."""
     found: list[str] = []
-    for recipe, method in _relaxations(task.recipe, chosen.candidate.method, freed):
+    for recipe, method in _relaxations(task, chosen.candidate, freed):
         try:
             relaxed = best(replace(task, recipe=recipe), method)
         except RecipeError:
@@ -36,8 +37,9 @@ def nearest_that_fits(
     return found
 
 
-def _relaxations(recipe: Recipe, method: str, freed: Callable[[Recipe, str], Recipe]) -> Iterator[tuple[Recipe, str]]:
-    """Recipes with ever more left open: batch and checkpointing, sharding, node count, method."""
+def _relaxations(task: Task, now: Candidate, freed: Callable[[Recipe, str], Recipe]) -> Iterator[tuple[Recipe, str]]:
+    """Recipes with ever more left open: batch and checkpointing, sharding, twice the nodes, any number, method."""
+    recipe, method = task.recipe, now.method
     batch = replace(
         recipe,
         method=method,
@@ -50,6 +52,8 @@ def _relaxations(recipe: Recipe, method: str, freed: Callable[[Recipe, str], Rec
         deepspeed=replace(recipe.deepspeed, stage=AUTO, offload_optimizer=AUTO, offload_param=AUTO),
     )
     yield sharded, method
+    if 2 * now.nodes <= node_limit(recipe, task.site)[0]:
+        yield replace(sharded, slurm=replace(recipe.slurm, nodes=2 * now.nodes)), method
     yield replace(sharded, slurm=replace(recipe.slurm, nodes=AUTO, gpus_per_node=AUTO)), method
     for other in ("lora", "qlora"):
         if other != method:

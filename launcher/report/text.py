@@ -1,0 +1,312 @@
+"""The plan on a terminal: what runs, does it fit, how long, what else would work, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.planning.plan import Candidate, Estimate, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+GIB = 2**30
+_BAR = 40
+_COLOURS = {
+    "weights": "blue",
+    "gradients": "cyan",
+    "optimizer": "magenta",
+    "activations": "green",
+    "logits": "yellow",
+    "gathered": "bright_blue",
+    "buffers": "white",
+    "runtime": "bright_black",
+}
+_SHOWN_ALTERNATIVES = 6
+
+
+def print_plan(
+    plan: Plan,
+    *,
+    explain: bool = False,
+    all_alternatives: bool = False,
+    recipe_argument: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print a plan to stdout; `recipe_argument` is what the user typed, for the next command."""
+    out = console or _console()
+    for line in _headline(plan):
+        out.print(line)
+    out.print()
+    out.print(_memory_table(plan.chosen))
+    out.print(_memory_sentence(plan.chosen))
+    if explain:
+        out.print()
+        out.print(_explanation(plan))
+    _print_alternatives(out, plan, all_alternatives)
+    _print_reasons(out, plan)
+    out.print()
+    out.print(_next(plan, recipe_argument))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    terminal = Console(highlight=False, soft_wrap=True)
+    return terminal if terminal.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
+
+
+def _headline(plan: Plan) -> list[Text]:
+    from rich.text import Text
+
+    chosen, candidate = plan.chosen, plan.chosen.candidate
+    share = chosen.trainable_params / plan.params
+    trained = f"{_count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
+    money = f", {chosen.cost.amount:,.0f} in your currency" if chosen.cost.amount is not None else ""
+    hours = f", {chosen.gpu_hours:,.1f} GPU-hours{money}" if candidate.device == "cuda" else ""
+    verdict = Text("fits", style="bold green") if chosen.fits else Text("does not fit", style="bold red")
+    return [
+        Text.assemble(("model   ", "bold"), f"{plan.model}  {_count(plan.params)} parameters, {trained}"),
+        Text.assemble(("method  ", "bold"), f"{_method(candidate)}  {_sharding(candidate)}"),
+        Text.assemble(("where   ", "bold"), f"{_where(candidate)} on {plan.site}  ", verdict),
+        Text.assemble(("batch   ", "bold"), _batch(candidate)),
+        Text.assemble(
+            ("data    ", "bold"),
+            f"{plan.data.rows:,} rows, {_count(plan.data.tokens)} tokens ({plan.data.basis})",
+        ),
+        Text.assemble(
+            ("time    ", "bold"),
+            f"{chosen.steps:,} steps of {chosen.step_s.expected:.3g} s ({chosen.step_s.low:.3g} to "
+            f"{chosen.step_s.high:.3g}) = {duration(chosen.wall_s)}{hours}, "
+            f"{chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
+        ),
+    ]
+
+
+def _batch(candidate: Candidate) -> str:
+    rows = "packed rows" if candidate.packing else "rows"
+    return (
+        f"{candidate.global_batch} {rows} of {candidate.seq_len} tokens = {candidate.micro_batch} x "
+        f"{candidate.gradient_accumulation} accumulated x {candidate.world_size} ranks, "
+        f"{_checkpointing(candidate)}, {candidate.precision}"
+    )
+
+
+def _method(candidate: Candidate) -> str:
+    if candidate.lora is not None:
+        targets = candidate.lora.target_modules
+        said = targets if isinstance(targets, str) else "+".join(targets)
+        return f"{candidate.method} r={candidate.lora.r} alpha={candidate.lora.lora_alpha:g} on {said}"
+    if candidate.num_virtual_tokens:
+        return f"{candidate.method} with {candidate.num_virtual_tokens} virtual tokens"
+    return "full fine-tuning"
+
+
+def _sharding(candidate: Candidate) -> str:
+    parts = [f"ZeRO-{candidate.zero_stage}" if candidate.zero_stage else "plain torch"]
+    if candidate.offload_optimizer != "none":
+        parts.append(f"optimizer on {candidate.offload_optimizer}")
+    if candidate.offload_param != "none":
+        parts.append(f"parameters on {candidate.offload_param}")
+    return ", ".join(parts)
+
+
+def _where(candidate: Candidate) -> str:
+    unit = "CPU ranks" if candidate.device == "cpu" else candidate.gpu
+    return f"{candidate.nodes} x {candidate.gpus_per_node} {unit}"
+
+
+def _checkpointing(candidate: Candidate) -> str:
+    return "activations recomputed" if candidate.gradient_checkpointing else "activations kept"
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _memory_table(chosen: Estimate) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    terms = chosen.memory.terms_bytes
+    whole = max(chosen.memory.usable_bytes, sum(terms.values()))
+    for name, value in terms.items():
+        if value:
+            width = math.ceil(_BAR * value / whole)
+            table.add_row(f"  {name}", f"{value / GIB:.2f} GiB", Text("█" * width, style=_COLOURS.get(name, "")))
+    return table
+
+
+def _memory_sentence(chosen: Estimate) -> str:
+    memory = chosen.memory
+    peak, usable = memory.peak_bytes, memory.usable_bytes / GIB
+    return (
+        f"peak {peak.expected / GIB:.1f} GiB ({peak.low / GIB:.1f} to {peak.high / GIB:.1f}) at {memory.binding}; "
+        f"device shows about {memory.device_bytes.expected / GIB:.1f} of {usable:.1f} GiB; "
+        f"host {chosen.host_ram_bytes_per_node / GIB:.0f} GiB per node; checkpoint {gib(chosen.checkpoint_bytes)}"
+    )
+
+
+def _explanation(plan: Plan) -> Table:
+    """Every term with its formula and this plan's numbers."""
+    from rich.table import Table
+
+    table = Table(title="How the numbers come about", title_justify="left", box=None, pad_edge=False)
+    for name in ("TERM", "FORMULA", "HERE"):
+        table.add_column(name, overflow="fold")
+    for term, formula, here in explain_terms(plan):
+        table.add_row(term, formula, here)
+    return table
+
+
+def explain_terms(plan: Plan) -> list[tuple[str, str, str]]:
+    """(term, formula, this plan's numbers), in words, for `--explain`."""
+    chosen, candidate, ranks = plan.chosen, plan.chosen.candidate, plan.chosen.candidate.world_size
+    total, trained = _count(plan.params), _count(chosen.trainable_params)
+    stage, held = candidate.zero_stage, _held(candidate)
+    tokens = candidate.micro_batch * candidate.seq_len
+    shards = {1: "optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
+    terms = {name: gib(value) for name, value in chosen.memory.terms_bytes.items()}
+    optimizer = "12 B (fp32 master, two moments)" if stage else "8 B (two moments)"
+    kept = "inputs of every layer" if candidate.gradient_checkpointing else "all activations of every layer"
+    return [
+        ("weights", f"{held} per parameter{' / ranks' if stage == 3 else ''}", f"{total} -> {terms['weights']}"),
+        ("gradients", f"alive at {chosen.memory.binding}", f"{trained} trained -> {terms['gradients']}"),
+        ("optimizer", f"{optimizer} per trained parameter", f"{trained} -> {terms['optimizer']}"),
+        ("sharding", f"ZeRO-{stage}: {shards.get(stage, 'nothing')} over {ranks} ranks", _sharding(candidate)),
+        ("activations", f"{kept}, per token", f"{tokens:,} tokens -> {terms['activations']}"),
+        ("logits", "vocabulary x fp32 copies alive in the loss", f"{tokens:,} tokens -> {terms['logits']}"),
+        ("gathered", "whole weights beyond the resident ones", terms["gathered"]),
+        ("runtime", "CUDA context and NCCL, outside the allocator", terms["runtime"]),
+        ("step", "compute + exposed communication + optimizer + dequantization", f"{chosen.step_s.expected:.3g} s"),
+        ("tokens/s", "global batch x tokens / step / ranks", f"{chosen.tokens_per_s_per_gpu:,.0f}"),
+        ("steps", "tokens / (tokens per row x global batch) x epochs, or max_steps", f"{chosen.steps:,}"),
+    ]
+
+
+def _held(candidate: Candidate) -> str:
+    if candidate.quant is not None:
+        return "4 bits and scales (linear layers), 2 B (the rest)"
+    fp32 = candidate.precision == "fp32" or (candidate.method == "full" and candidate.zero_stage == 0)
+    return "4 B" if fp32 else "2 B"
+
+
+# ---------------------------------------------------------------- what else
+
+
+def _print_alternatives(out: Console, plan: Plan, everything: bool) -> None:
+    fitting = [each for each in plan.alternatives if each.fits]
+    shown: Sequence[Estimate] = plan.alternatives if everything else fitting[:_SHOWN_ALTERNATIVES]
+    hidden = len(plan.alternatives) - len(shown)
+    if not plan.alternatives:
+        return
+    out.print()
+    out.print("What else would work" if not everything else "Alternatives", style="bold")
+    if shown:
+        out.print(_alternatives_table(shown))
+    if hidden:
+        out.print(f"  {hidden} more, with reasons where they do not fit: --alternatives")
+
+
+def _alternatives_table(found: Sequence[Estimate]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    reasons = any(each.rejected_because for each in found)
+    for name in ("  METHOD", "WHERE", "HOW", "PEAK", "TIME", "GPU-H", *(["NOT, BECAUSE IT"] if reasons else [])):
+        right = name in ("PEAK", "TIME", "GPU-H")
+        folds = name in ("HOW", "NOT, BECAUSE IT")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=not folds)
+    for each in found:
+        candidate = each.candidate
+        table.add_row(
+            f"  {candidate.method}",
+            _where(candidate),
+            _sharding(candidate),
+            f"{each.memory.peak_bytes.expected / GIB:.1f} GiB",
+            duration(each.wall_s),
+            f"{each.gpu_hours:,.1f}",
+            *([each.rejected_because or ""] if reasons else []),
+        )
+    return table
+
+
+def _print_reasons(out: Console, plan: Plan) -> None:
+    if plan.advice:
+        out.print()
+        out.print("Why", style="bold")
+        for advice in plan.advice:
+            out.print(
+                f"  {advice.field} = {_value(advice.value)}: {advice.reason} [{advice.rule}; {advice.source}]",
+                markup=False,
+            )
+    for warning in plan.warnings:
+        out.print(f"warning ({warning.code}): {warning.message}", style="yellow", markup=False)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _next(plan: Plan, recipe_argument: str | None) -> str:
+    recipe = recipe_argument or "RECIPE"
+    if plan.chosen.fits:
+        return f"Next: launcher submit {recipe}"
+    return f"Next: change the recipe as the error says, then: launcher plan {recipe}"
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def print_recipes(rows: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
+    """Print the shipped recipes with their predictions, as `launcher recipes` lists them."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("RECIPE", "METHOD", "MODEL", "WHERE", "PEAK/GPU", "TIME", "GPU-HOURS"):
+        table.add_column(name, justify="right" if name in ("PEAK/GPU", "TIME", "GPU-HOURS") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["method"],
+            row["model"],
+            f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}",
+            f"{row['peak_bytes'] / GIB:.1f} GiB{'' if row['fits'] else ' (does not fit)'}",
+            duration(row["wall_s"]),
+            f"{row['gpu_hours']:,.1f}",
+        )
+    out = console or _console()
+    out.print(table)
+    out.print("Next: launcher recipes NAME copies one; launcher plan NAME explains it")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3.5 h or 2.1 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def gib(size_bytes: float) -> str:
+    """Such as 1.5 GiB or 24 MiB."""
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= 0.1 * GIB else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"
