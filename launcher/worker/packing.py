@@ -3,8 +3,9 @@
 Shapes: B rows of a micro-batch, T tokens of a row.
 
 A packed row holds several documents; their position_ids restart at 0 and NO attention_mask is made. transformers
-finds the document borders in position_ids only while attention_mask is None: with an all-ones mask documents
-silently attend to each other. The first label of every document is masked, so nothing predicts across a border.
+finds the document borders in position_ids only while there is neither a mask nor a key-value cache: with an
+all-ones mask, or with the default use_cache=True, documents silently attend to each other. Whoever runs the model
+passes use_cache=False. The first label of every document is masked, so nothing predicts across a border.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ What is trained, by `data.loss_on`:
 | text               | everything: a text has no assistant                                    |
 
 The end-of-sequence token after a trained turn, completion or text is trained too: it is how a model learns to
-stop. Masks are found in characters of the rendered text and carried to tokens by their offsets, so a row is
-tokenized once and exactly as at inference. A token that begins before a trained span is not trained.
+stop. A chat's mask is found in characters of the rendered text and carried to tokens by their offsets, so a row is
+tokenized once; a token that reaches into a trained span is trained. A plain prompt keeps the tokens it has by
+itself, which are what the model sees at inference.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class _Piece:
     """Whether the tokenizer adds its own markers (a chat template writes them itself)."""
     end: bool
     """Whether an end-of-sequence token must follow."""
+    prompt: str = ""
+    """Start of the text that must keep the tokens it has by itself."""
 
 
 class Tokenizing:
@@ -119,8 +122,21 @@ class Tokenizing:
                 verbose=False,
             )
             for i, ids, offsets in zip(chosen, out["input_ids"], out["offset_mapping"], strict=True):
-                encoded[i] = (ids, offsets)
+                encoded[i] = (ids, offsets) if not pieces[i].prompt else self._keep_prompt(pieces[i], ids, offsets)
         return encoded
+
+    def _keep_prompt(self, piece: _Piece, ids: list[int], offsets: list[Span]) -> tuple[list[int], list[Span]]:
+        """The same text with the prompt's own tokens, where a token would run from the prompt into the completion."""
+        head = self._tokenizer(piece.prompt, return_offsets_mapping=True)
+        prompt, spans = list(head["input_ids"]), list(head["offset_mapping"])
+        if prompt and prompt[-1] == self._tokenizer.eos_token_id:  # tokenizers that close every text themselves
+            prompt, spans = prompt[:-1], spans[:-1]
+        if ids[: len(prompt)] == prompt:
+            return ids, offsets
+        at = len(piece.prompt)
+        tail = self._tokenizer(piece.text[at:], add_special_tokens=False, return_offsets_mapping=True)
+        moved = [(first + at, last + at) for first, last in tail["offset_mapping"]]
+        return prompt + list(tail["input_ids"]), spans + moved
 
     def _piece(self, where: str, example: Example) -> _Piece:
         if example.messages and self._tokenizer.chat_template is not None:
@@ -132,9 +148,10 @@ class Tokenizing:
             )
         if example.text is not None:
             return _Piece(example.text, ((0, len(example.text)),), add_special=True, end=True)
-        text = f"{example.prompt}{example.completion}"
-        start = 0 if self._loss_on == "all" else len(example.prompt or "")
-        return _Piece(text, ((start, len(text)),), add_special=True, end=True)
+        prompt = example.prompt or ""
+        text = f"{prompt}{example.completion}"
+        start = 0 if self._loss_on == "all" else len(prompt)
+        return _Piece(text, ((start, len(text)),), add_special=True, end=True, prompt=prompt)
 
     def _chat(self, where: str, example: Example) -> _Piece:
         text = self._render(where, example, len(example.messages))
@@ -212,11 +229,11 @@ def _common_start(one: str, other: str) -> str:
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> Mask:
-    """Which tokens lie within the spans; shape (T,)."""
+    """Which tokens end within the spans; shape (T,)."""
     mask: Mask = np.zeros(len(offsets), dtype=bool)
     if not offsets:
         return mask
-    begin, end = np.asarray(offsets, dtype=np.int64).T
+    end = np.asarray(offsets, dtype=np.int64)[:, 1]
     for first, last in spans:
-        mask |= (begin >= first) & (end <= last) & (begin < last)
+        mask |= (end > first) & (end <= last)
     return mask
