@@ -54,7 +54,7 @@ def test_loading_a_recipe_needs_no_heavy_package() -> None:
 
 
 def test_help_is_quick() -> None:
-    """Processor time of `launcher --help`, best of three: documented as under 0.15 s, bounded here for slow machines."""
+    """Processor time, best of three: documented as under 0.15 s, bounded generously here for slow machines."""
     seconds = min(help_cpu_seconds() for _ in range(3))
     print(f"launcher --help: {seconds * 1000:.0f} ms of processor time (documented: under 150 ms)")
     assert seconds < 1.0
