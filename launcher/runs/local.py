@@ -22,7 +22,7 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.request import JobRequest
 from launcher.runs.sbatch import python_words
 
-PEERS_MAY_FINISH_S = 15.0
+PEERS_MAY_FINISH_S = 10.0
 """After one rank has failed, the others have this long to notice by themselves and say so in their logs."""
 _POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1

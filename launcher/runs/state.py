@@ -235,13 +235,24 @@ def _failure_words(evidence: Evidence) -> str:
     if evidence.first_failure:
         return f"failed: {evidence.first_failure}"
     ended = evidence.last("ended")
-    bad = {rank: code for rank, code in enumerate((ended or {}).get("exit_codes", ())) if code}
+    bad = [(rank, code) for rank, code in enumerate((ended or {}).get("exit_codes", ())) if code]
     if bad:
-        rank, code = next(iter(bad.items()))
+        # A rank that was killed is mostly one that was ended because another had failed.
+        rank, code = max(bad, key=lambda one: (one[1] > 0, -one[0]))
         return f"failed: rank {rank} {f'was killed by signal {-code}' if code < 0 else f'ended with exit code {code}'}"
     if evidence.cluster == "local" and ended is None:
-        return "failed: its processes are gone without a word (killed, or the machine was restarted)"
+        said = _last_line(evidence.run.logs / "controller.out")
+        return f"failed: {said or 'its processes are gone without a word (killed, or the machine was restarted)'}"
     return "ended without result.json, so it counts as failed although its exit status was 0"
+
+
+def _last_line(path: Path) -> str | None:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return None
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1][:400] if said else None
 
 
 def _newest_checkpoint(run: RunFolder) -> int | None:

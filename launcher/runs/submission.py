@@ -127,11 +127,12 @@ def _threads(plan: Plan, site: Site) -> int:
 
 def _environment(plan: Plan, site: Site) -> dict[str, str]:
     """Variables of the job: one thread per CPU of a task, where this package lies, and the site's own."""
-    env = {"OMP_NUM_THREADS": str(_threads(plan, site)), "PYTHONUNBUFFERED": "1"}
+    env = {"OMP_NUM_THREADS": str(_threads(plan, site)), "PYTHONUNBUFFERED": "1"} | site.env
     package = Path(launcher.__file__).resolve().parents[1]
     if package != Path(sysconfig.get_paths()["purelib"]).resolve():
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    return env | site.env
+        further = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), further]))
+    return env
 
 
 def _python(site: Site) -> str:
