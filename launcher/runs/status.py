@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError, JobFailedError, LauncherError, RecipeError, TemporaryError
-from launcher.recipe.problems import nearest
 from launcher.runs.folder import RunFolder
 from launcher.runs.process import end_session
 from launcher.runs.slurm import SlurmJob, cancel_job, find_jobs
@@ -85,7 +85,7 @@ def find_run(name_or_path: str, parent: Path | None = None) -> RunFolder:
         return RunFolder((folder / matching[0]).resolve())
     if matching:
         raise RecipeError(f"{name_or_path!r} is the beginning of {len(matching)} runs: {', '.join(matching[:5])}")
-    close = nearest(name_or_path, names)
+    close = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else f"it holds {', '.join(names[:5]) if names else 'no runs'}"
     raise RecipeError(f"no run {name_or_path!r} in {folder}; {hint}")
 

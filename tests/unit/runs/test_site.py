@@ -100,8 +100,8 @@ def test_unknown_site_lists_the_known_ones(no_slurm: Path, project: Path) -> Non
 
 def test_values_are_read_by_their_field(tmp_path: Path) -> None:
     """Times and sizes are written as people write them; YAML's own reading of 24:00:00 does not matter."""
-    values = read_profile(profile(tmp_path, "x", "max_time_min: 24:00:00\nmem_bytes_per_node: 500G\nrequest_gpus: no\n"
-                                                 "intra_node_bw_bytes_s: 3e11\nenv: {OMP_NUM_THREADS: 08}\n"))  # fmt: skip
+    text = "max_time_min: 24:00:00\nmem_bytes_per_node: 500G\nrequest_gpus: no\nintra_node_bw_bytes_s: 3e11\n"
+    values = read_profile(profile(tmp_path, "x", text + "env: {OMP_NUM_THREADS: 08}\n"))
     assert values["max_time_min"] == 24 * 60
     assert values["mem_bytes_per_node"] == 500 * 2**30
     assert values["request_gpus"] is False

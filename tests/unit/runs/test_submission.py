@@ -99,7 +99,7 @@ def test_a_local_job_has_no_limits(tmp_path: Path, no_slurm: Path, run: RunFolde
 
 def test_one_machine_is_one_node(tmp_path: Path, no_slurm: Path, run: RunFolder) -> None:
     """A plan for several nodes cannot run here, and says what to change."""
-    with pytest.raises(ClusterError, match="slurm.nodes=1"):
+    with pytest.raises(ClusterError, match=r"slurm\.nodes=1"):
         job_request(make_plan(nodes=2), make_recipe(tmp_path), run, make_site(executor="local"))
 
 
@@ -177,7 +177,7 @@ def test_variables_of_a_surrounding_job_are_hidden(
 
 def test_without_sbatch_it_is_try_again_later(run: RunFolder, no_slurm: Path) -> None:
     """Exit 75, a hint where to go, and no folder left behind."""
-    with pytest.raises(TemporaryError, match="sbatch is not on this machine's PATH.*login node"):
+    with pytest.raises(TemporaryError, match=r"sbatch is not on this machine's PATH.*login node"):
         submit(request_for(run))
     assert not run.path.exists()
 
