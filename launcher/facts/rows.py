@@ -25,6 +25,7 @@ from launcher.facts.files import data_files, kind
 from launcher.recipe.schema import DataSource
 
 SHOWN_PROBLEMS = 5
+MAX_BLOCK_CHARS = 1_000_000
 _MAX_CSV_FIELD_CHARS = 2**31 - 1
 
 
@@ -217,16 +218,21 @@ def _read_csv(path: Path, _source: DataSource, problems: Problems) -> Iterator[L
 
 
 def _read_txt(path: Path, _source: DataSource, problems: Problems) -> Iterator[Located]:
-    """Documents are blocks between blank lines, located by their first line."""
+    """Documents are blocks between blank lines, located by their first line.
+
+    A block of more than MAX_BLOCK_CHARS (a file without blank lines) is broken at a line end, so that a corpus in
+    one file never has to fit in memory.
+    """
     block: list[str] = []
-    start = 1
+    start, characters = 1, 0
     for number, line in _lines(path, problems):
-        if line.strip():
-            start = number if not block else start
-            block.append(line)
-        elif block:
+        if block and (not line.strip() or characters > MAX_BLOCK_CHARS):
             yield Located(str(path), start, {"text": "\n".join(block)})
-            block = []
+            block, characters = [], 0
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+            characters += len(line)
     if block:
         yield Located(str(path), start, {"text": "\n".join(block)})
 

@@ -17,7 +17,7 @@ from launcher.facts.formats import Example
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def find_template(tokenizer_dir: Path, chat_template: str) -> str | None:
+def find_template(tokenizer_dir: Path | None, chat_template: str) -> str | None:
     """Source of the chat template: the recipe's .jinja file, or what the tokenizer folder carries (None: nothing).
 
     Raises:
@@ -25,6 +25,8 @@ def find_template(tokenizer_dir: Path, chat_template: str) -> str | None:
     """
     if chat_template != "tokenizer":
         return _read_template(Path(chat_template).expanduser())
+    if tokenizer_dir is None:
+        return None
     beside = tokenizer_dir / "chat_template.jinja"
     if beside.is_file():
         return _read_template(beside)

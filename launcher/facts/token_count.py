@@ -50,7 +50,7 @@ class TokenCounter:
         self._loss_on = data.loss_on
         self._folder = folder
         self._specials = special_tokens(tokenizer_config(folder)) if folder else {}
-        self._renderer = Renderer(find_template(folder, data.chat_template) if folder else None, self._specials)
+        self._renderer = Renderer(find_template(folder, data.chat_template), self._specials)
         self._tokenizer: Any = None
 
     def check(self, where: str, example: Example) -> None:

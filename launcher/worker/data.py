@@ -54,6 +54,8 @@ CACHE_VERSION = 1
 """Part of every key: raise it when the same input gives other tokens."""
 BATCH_ROWS = 1000
 """Rows tokenized at once (tokenizers spreads a batch over threads)."""
+LOGGED_ROWS = 100_000
+"""Rows between two lines in the log."""
 NOTICED_SHARE = 0.1
 """Share of truncated or dropped rows from which a notice is due."""
 STALE_BUILD_S = 24 * 3600
@@ -253,6 +255,8 @@ def _store(
     rows: Rows = []
     before = tally.rows
     for batch in _batches(examples):
+        if (tally.rows + len(batch)) // LOGGED_ROWS > tally.rows // LOGGED_ROWS:
+            _log.info("%s: %d rows tokenized so far", name, tally.rows + len(batch) - before)
         for tokenized in tokenizing(batch):
             tally.rows += 1
             tally.truncated += tokenized.truncated

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.errors import DataError, ModelError, RecipeError, TemporaryError
@@ -519,6 +521,26 @@ def test_packing_wastes_little_on_real_lengths() -> None:
     assert sorted(index for row in rows for index in row) == list(range(5000))
     assert max(sum(lengths[index] for index in row) for row in rows) <= 512
     assert lengths.sum() / (512 * len(rows)) > 0.98
+
+
+@given(lengths=st.lists(st.integers(2, 50), max_size=200), capacity=st.integers(50, 80))
+def test_packing_is_a_partition_that_fits(lengths: list[int], capacity: int) -> None:
+    """For any lengths: every document once, no row too long, and no two rows that would fit into one."""
+    rows = pack(lengths, capacity)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    totals = sorted(sum(lengths[index] for index in row) for row in rows)
+    assert all(total <= capacity for total in totals)
+    assert len(totals) < 2 or totals[0] + totals[1] > capacity
+
+
+@given(rows=st.integers(1, 40), batch=st.integers(1, 90), seed=st.integers(0, 5), epochs=st.integers(1, 4))
+def test_the_order_is_fair_for_any_sizes(rows: int, batch: int, seed: int, epochs: int) -> None:
+    """After n epochs' worth of places, every row was trained n times; later steps need no earlier ones."""
+    steps = -(-rows * epochs // batch)
+    order = Order(rows, batch, seed)
+    sequence = np.concatenate([order.indices(step) for step in range(steps)])[: rows * epochs]
+    assert np.bincount(sequence, minlength=rows).tolist() == [epochs] * rows
+    assert Order(rows, batch, seed).indices(steps - 1).tolist() == order.indices(steps - 1).tolist()
 
 
 def row(length: int, *, packed: bool) -> Row:

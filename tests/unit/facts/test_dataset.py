@@ -154,7 +154,10 @@ def test_chats_without_a_template_are_refused_before_the_queue(tmp_path: Path) -
     own.write_text(tiny.CHAT_TEMPLATE)
     assert dataset_facts(section(chats, chat_template=str(own)), model).basis == "counted"
     with pytest.raises(ModelError, match=r"data\.chat_template: cannot read .*nowhere\.jinja"):
-        dataset_facts(section(chats, chat_template=str(tmp_path / "nowhere.jinja")), model)
+        dataset_facts(section(chats, chat_template=str(tmp_path / "nowhere.jinja")), None)
+    own.write_text("{% for m in messages %}")
+    with pytest.raises(ModelError, match=r"data\.chat_template: line 1: "):
+        dataset_facts(section(chats, chat_template=str(own)), None)
 
 
 def test_what_the_template_itself_refuses_is_a_data_problem(tmp_path: Path) -> None:

@@ -94,6 +94,17 @@ def test_a_text_document_keeps_its_lines_and_the_line_it_starts_at(tmp_path: Pat
     assert [(row.line, row.row["text"]) for row in found] == [(2, "first line\nsecond line"), (5, "next document")]
 
 
+def test_a_corpus_without_blank_lines_is_broken_at_line_ends(tmp_path: Path) -> None:
+    """Three million characters in one block would be tokenized in one piece otherwise; nothing is lost."""
+    path = tmp_path / "corpus.txt"
+    written = [f"sentence number {number} of a long corpus" for number in range(80_000)]
+    path.write_text("\n".join(written))
+    found = list(read_rows(source(path)))
+    assert 3 <= len(found) <= 5
+    assert "\n".join(row.row["text"] for row in found) == "\n".join(written)
+    assert found[1].row["text"].startswith(f"sentence number {found[1].line - 1} ")
+
+
 def test_rows_know_their_place(tmp_path: Path) -> None:
     """Line files count lines, others count rows."""
     (tmp_path / "a.jsonl").write_text("\n" + lines(ROWS))
