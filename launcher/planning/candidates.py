@@ -55,11 +55,13 @@ class Tuning:
 
 def layouts(recipe: Recipe, site: Site) -> list[Layout]:
     """Layouts the recipe and the site allow and the global batch divides by, fewest ranks first."""
+    asked = recipe.train.per_device_train_batch_size
+    sequences_per_rank = asked if isinstance(asked, int) else 1
     found = []
     for nodes in _node_counts(recipe, site):
         for per_node in _ranks_per_node(recipe, site, nodes):
             layout = Layout(nodes=nodes, gpus_per_node=per_node)
-            if recipe.train.global_batch_size % layout.world_size == 0:
+            if recipe.train.global_batch_size % (layout.world_size * sequences_per_rank) == 0:
                 found.append(layout)
     return sorted(found, key=lambda layout: (layout.world_size, layout.nodes))
 
