@@ -84,7 +84,7 @@ class Bed:
             **environ,
         }
         ran = subprocess.run(
-            ["setpriv", *words, *command],
+            [str(shutil.which("setpriv")), *words, *command],
             env=everything,
             cwd=self.home,
             input=input_text,

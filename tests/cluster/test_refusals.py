@@ -27,19 +27,19 @@ def no_controller() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("override", "names"),
+    ("overrides", "names"),
     [
         ("slurm.partition=mian", ["mian", "main"]),
         ("slurm.account=nobody", ["nobody", "dev"]),
         ("slurm.qos=golden", ["golden", "normal"]),
-        ("slurm.nodes=5", ["5", "4"]),
+        ("slurm.nodes=8 train.per_device_train_batch_size=1", ["8", "4 or fewer"]),
         ("slurm.mem=900G", ["900G", "64G"]),
     ],
 )
-def test_what_does_not_exist_is_refused(bed: Bed, recipe: str, override: str, names: list[str]) -> None:
+def test_what_does_not_exist_is_refused(bed: Bed, recipe: str, overrides: str, names: list[str]) -> None:
     """The message names what was asked and what exists; nothing is queued and no run folder is left."""
     before = bed.queue()
-    answer = bed.launcher("submit", recipe, override).expect(REFUSED)
+    answer = bed.launcher("submit", recipe, *overrides.split()).expect(REFUSED)
     assert all(name in answer.err for name in names), answer.err
     assert bed.queue() == before
     assert not run_folders(bed)
