@@ -155,7 +155,7 @@ class _Checker:
         if not NAME.fullmatch(recipe.name):
             form = "a letter or digit, then up to 62 letters, digits, dots, dashes or underscores"
             self.refuse("name", f"expected {form}; found {recipe.name[:80]!r}")
-        if recipe.slurm.mem is not None and not re.fullmatch(r"\d+[KMGT]?", recipe.slurm.mem):
+        if recipe.slurm.mem is not None and not re.fullmatch(r"[0-9]+[KMGT]?", recipe.slurm.mem):
             self.refuse("slurm.mem", f"expected a size per node such as 500G, found {recipe.slurm.mem!r}")
         targets = recipe.lora.target_modules
         for target in () if targets == "all-linear" else targets:

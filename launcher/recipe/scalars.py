@@ -20,6 +20,7 @@ _FLOAT = re.compile(r"[+-]?(\d+(_\d{3})*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"(?i)([+-]?)\.?(inf|infinity|nan)")
 
 TIME_FORMS = "24:00:00, 1-00:00:00, 1-12, 90m, 2h, 2d or whole minutes"
+_LONGEST_TIME = 30
 _UNITS_MIN = {"m": 1, "min": 1, "h": 60, "d": 24 * 60}
 
 
@@ -72,7 +73,7 @@ def read_minutes(text: str) -> int:
     Raises:
         UnreadableError: none of TIME_FORMS, or not positive.
     """
-    minutes = _clock_minutes(text.strip())
+    minutes = _clock_minutes(text.strip()) if len(text) <= _LONGEST_TIME else None
     if minutes is None or minutes <= 0:
         raise UnreadableError(f"expected a time such as {TIME_FORMS}")
     return math.ceil(minutes)
