@@ -1,4 +1,4 @@
-"""Rows into tokens: what is trained, how rows are packed, cached, split, weighed and ordered."""
+"""The token cache: built once, found by content, handed to the other ranks; splits, weights and data-set ids."""
 
 from __future__ import annotations
 
@@ -11,28 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher.errors import DataError, ModelError, RecipeError, TemporaryError
+from launcher.errors import DataError, RecipeError, TemporaryError
 from launcher.facts.dataset import dataset_facts
-from launcher.facts.formats import to_example
-from launcher.facts.rows import Located
 from launcher.recipe.schema import DataSource, Recipe, ValidationSpec
-from launcher.worker import data as data_module
-from launcher.worker.data import Order, TokenCache, build_token_cache, collate, needs_flat, open_token_cache
-from launcher.worker.packing import IGNORED, Row, pack
-from launcher.worker.tokens import Document, Tokenizing
+from launcher.worker.data import TokenCache, build_token_cache, open_token_cache
+from launcher.worker.packing import IGNORED
 from tests import tiny
 
-CHAT = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "first question"},
-    {"role": "assistant", "content": "first answer"},
-    {"role": "user", "content": "second question"},
-    {"role": "assistant", "content": "second answer"},
-]
+CHAT = [{"role": "user", "content": "first question"}, {"role": "assistant", "content": "first answer"}]
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +37,6 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = template
     return other
-
-
-def documents(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, loss_on: str = "assistant", limit: int = 128
-) -> tuple[Document, ...]:
-    example = to_example(Located("a.jsonl", 3, row), "auto")
-    (tokenized,) = Tokenizing(tokenizer, max_seq_length=limit, loss_on=loss_on)([("a.jsonl:3", example)])
-    return tokenized.documents
-
-
-def trained(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], **options: Any) -> str:
-    (document,) = documents(tokenizer, row, **options)
-    return tokenizer.decode(document.labels[document.labels != IGNORED])
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> DataSource:
@@ -84,154 +59,6 @@ def build(tmp: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, **candi
 def said(cache: TokenCache, tokenizer: PreTrainedTokenizerBase, table: str = "train") -> list[str]:
     rows = getattr(cache, table)
     return [tokenizer.decode(rows.row(i).input_ids) for i in range(len(rows))]
-
-
-# What is trained
-
-
-@pytest.mark.parametrize(
-    ("loss_on", "expected"),
-    [
-        ("assistant", "first answer</s>second answer</s>"),
-        ("completion", "second answer</s>"),
-        (
-            "all",
-            "<|system|>S</s><|user|>first question</s><|assistant|>first answer</s>"
-            "<|user|>second question</s><|assistant|>second answer</s>",
-        ),
-    ],
-)
-@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, tiny.CHAT_TEMPLATE_WITH_MARKERS], ids=["plain", "markers"])
-def test_the_loss_looks_at_the_asked_turns_and_their_ends(
-    tokenizer: PreTrainedTokenizerBase, template: str, loss_on: str, expected: str
-) -> None:
-    """The same tokens, whether the template marks the assistant's part or it has to be found."""
-    assert trained(with_template(tokenizer, template), {"messages": CHAT}, loss_on=loss_on) == expected
-
-
-def test_the_rendered_text_is_the_templates_own(tokenizer: PreTrainedTokenizerBase) -> None:
-    """No token is added or lost between the template and the model."""
-    (document,) = documents(tokenizer, {"messages": CHAT})
-    expected = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
-    assert document.input_ids.tolist() == expected
-
-
-def test_the_end_is_trained_where_the_markers_leave_it_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model that never trains the end of a turn never stops."""
-    template = tiny.CHAT_TEMPLATE_WITH_MARKERS.replace(
-        "{{ message['content'] }}{{ eos_token }}{% endgeneration %}",
-        "{{ message['content'] }}{% endgeneration %}{{ eos_token }}",
-    )
-    assert template != tiny.CHAT_TEMPLATE_WITH_MARKERS
-    assert trained(with_template(tokenizer, template), {"messages": CHAT}) == "first answer</s>second answer</s>"
-
-
-def test_the_end_is_added_where_the_template_has_none(tokenizer: PreTrainedTokenizerBase) -> None:
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    assert trained(with_template(tokenizer, template), {"messages": CHAT[1:3]}).endswith("first answer\n</s>")
-
-
-def test_white_space_behind_the_end_of_a_turn_is_not_trained(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Templates write a line break after the end marker; generation stops before it."""
-    template = tiny.CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token + '\\n' }}")
-    assert trained(with_template(tokenizer, template), {"messages": CHAT}) == "first answer</s>second answer</s>"
-
-
-def test_a_generation_prompt_may_say_more_than_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Such as an opened thinking block, which answers in the data do not have."""
-    template = tiny.CHAT_TEMPLATE.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>' }}")
-    assert trained(with_template(tokenizer, template), {"messages": CHAT}) == "first answer</s>second answer</s>"
-
-
-THINKING_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ 'thoughts ' }}{% endif %}"
-    "{{ m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-"""Renders the last answer differently from earlier ones, as some reasoning models' templates do."""
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Masks found by rendering prefixes would be wrong; completion and single turns still work."""
-    other = with_template(tokenizer, THINKING_TEMPLATE)
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:3: the chat template renders earlier turns differently.*loss_on: compl"
-    ):
-        documents(other, {"messages": CHAT})
-    assert trained(other, {"messages": CHAT}, loss_on="completion") == "thoughts second answer</s>"
-    assert trained(other, {"messages": CHAT[1:3]}) == "thoughts first answer</s>"
-
-
-def test_prompt_and_completion_as_messages_train_the_completion_only(tokenizer: PreTrainedTokenizerBase) -> None:
-    """An assistant turn inside the prompt is context, also where the template has markers."""
-    row = {"prompt": CHAT[:4], "completion": CHAT[4:]}
-    for template in (tiny.CHAT_TEMPLATE, tiny.CHAT_TEMPLATE_WITH_MARKERS):
-        assert trained(with_template(tokenizer, template), row) == "second answer</s>"
-
-
-@pytest.mark.parametrize(
-    ("loss_on", "expected"), [("assistant", " cd</s>"), ("completion", " cd</s>"), ("all", "b cd</s>")]
-)
-def test_plain_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, loss_on: str, expected: str) -> None:
-    """No template; the first token of a document has nothing before it and is never trained."""
-    row = {"prompt": "ab", "completion": " cd"}
-    assert tokenizer.decode(documents(tokenizer, row)[0].input_ids) == "ab cd</s>"
-    assert trained(tokenizer, row, loss_on=loss_on) == expected
-
-
-def test_a_prompt_is_tokenized_as_at_inference(tokenizer: PreTrainedTokenizerBase) -> None:
-    """ "ab " + "cd" must not be trained as "ab" + " cd": the model would never see a prompt that ends so."""
-    prompt = tokenizer("ab ")["input_ids"]
-    assert tokenizer("ab cd")["input_ids"][: len(prompt)] != prompt
-    (document,) = documents(tokenizer, {"prompt": "ab ", "completion": "cd"})
-    assert document.input_ids[: len(prompt)].tolist() == prompt
-    assert tokenizer.decode(document.labels[document.labels != IGNORED]) == "cd</s>"
-
-
-def test_an_answer_that_shares_a_token_with_its_header_is_trained_whole(tokenizer: PreTrainedTokenizerBase) -> None:
-    """ "assistant: " + "first" has a token " first"-something; leaving it out would lose the start of every answer."""
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    assert trained(with_template(tokenizer, template), {"messages": CHAT[1:3]}).strip() == "first answer</s>"
-
-
-def test_alpaca_without_a_template_has_a_plain_form(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Base models have no chat template, and alpaca data brings its own layout."""
-    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    (document,) = documents(with_template(tokenizer, None), row)
-    assert tokenizer.decode(document.input_ids) == ("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>")
-    assert trained(with_template(tokenizer, None), row) == "3</s>"
-    assert trained(tokenizer, row) == "3</s>"
-
-
-def test_a_chat_without_a_template_names_the_key_to_set(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ModelError, match=r"a\.jsonl:3: .*no chat template; set data\.chat_template"):
-        documents(with_template(tokenizer, None), {"messages": CHAT})
-
-
-def test_what_the_template_refuses_has_its_place(tokenizer: PreTrainedTokenizerBase) -> None:
-    other = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses this chat: roles must alternate"):
-        documents(other, {"messages": CHAT})
-
-
-def test_a_long_text_becomes_pieces_and_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """All of it is trained, save the first token of each piece."""
-    text = " ".join(tiny.words()[:200])
-    pieces = documents(tokenizer, {"text": text}, limit=32)
-    assert tokenizer.decode(np.concatenate([piece.input_ids for piece in pieces])) == text + "</s>"
-    assert {len(piece.labels) for piece in pieces[:-1]} == {32}
-    assert all(piece.trained == len(piece.labels) - 1 for piece in pieces)
-
-
-def test_other_characters_than_ascii_are_masked_exactly(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Several tokens make one character here; the mask is found in characters."""
-    row = {"messages": [{"role": "user", "content": "说“你好”🙂"}, {"role": "assistant", "content": "你好 😀é"}]}
-    assert trained(tokenizer, row) == "你好 😀é</s>"
-
-
-# The cache
 
 
 def test_the_planner_counts_what_the_worker_makes(
@@ -487,10 +314,10 @@ def test_data_set_ids_are_read_in_the_job(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same formats and the same checks as for files; columnar nulls are no keys."""
-    chat = [CHAT[1] | {"name": None}, CHAT[2] | {"name": "x"}]
+    chat = [CHAT[0] | {"name": None}, CHAT[1] | {"name": "x"}]
     hub = FakeHub(
         {
-            ("org/chats", "train"): [{"messages": chat}, {"messages": CHAT[1:3]}],
+            ("org/chats", "train"): [{"messages": chat}, {"messages": CHAT}],
             ("org/bad", "train"): [{"messages": []}],
         }
     )
@@ -501,106 +328,3 @@ def test_data_set_ids_are_read_in_the_job(
         build(tmp_path, recipe_for(tmp_path, DataSource(path="org/bad")), tokenizer)
     with pytest.raises(DataError, match=r"org/chats \(split test\): cannot load this data set \(Unknown split"):
         build(tmp_path, recipe_for(tmp_path, DataSource(path="org/chats", split="test")), tokenizer)
-
-
-# Packing, batches, order
-
-
-def test_packing_is_best_fit_longest_first() -> None:
-    """Known by hand: 7+3, 6+4, 5+2+2 in rows of 10."""
-    assert pack([2, 7, 3, 6, 5, 4, 2], 10) == [[1, 2], [3, 5], [4, 0, 6]]
-    assert pack([], 10) == []
-    with pytest.raises(ValueError, match="document 1 has 11 tokens, a row holds 10"):
-        pack([3, 11], 10)
-
-
-def test_packing_wastes_little_on_real_lengths() -> None:
-    """Lengths spread like real chats leave under 2 % of the rows empty."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.0, 0.8, 5000).astype(int), 2, 512)
-    rows = pack(lengths, 512)
-    assert sorted(index for row in rows for index in row) == list(range(5000))
-    assert max(sum(lengths[index] for index in row) for row in rows) <= 512
-    assert lengths.sum() / (512 * len(rows)) > 0.98
-
-
-@given(lengths=st.lists(st.integers(2, 50), max_size=200), capacity=st.integers(50, 80))
-def test_packing_is_a_partition_that_fits(lengths: list[int], capacity: int) -> None:
-    """For any lengths: every document once, no row too long, and no two rows that would fit into one."""
-    rows = pack(lengths, capacity)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    totals = sorted(sum(lengths[index] for index in row) for row in rows)
-    assert all(total <= capacity for total in totals)
-    assert len(totals) < 2 or totals[0] + totals[1] > capacity
-
-
-@given(rows=st.integers(1, 40), batch=st.integers(1, 90), seed=st.integers(0, 5), epochs=st.integers(1, 4))
-def test_the_order_is_fair_for_any_sizes(rows: int, batch: int, seed: int, epochs: int) -> None:
-    """After n epochs' worth of places, every row was trained n times; later steps need no earlier ones."""
-    steps = -(-rows * epochs // batch)
-    order = Order(rows, batch, seed)
-    sequence = np.concatenate([order.indices(step) for step in range(steps)])[: rows * epochs]
-    assert np.bincount(sequence, minlength=rows).tolist() == [epochs] * rows
-    assert Order(rows, batch, seed).indices(steps - 1).tolist() == order.indices(steps - 1).tolist()
-
-
-def row(length: int, *, packed: bool) -> Row:
-    ids = np.arange(1, length + 1, dtype=np.int32)
-    return Row(ids, ids.copy(), np.arange(length, dtype=np.int32) if packed else None)
-
-
-def test_packed_batches_carry_positions_and_never_an_attention_mask() -> None:
-    """The padded tail is a document of its own that the loss does not look at."""
-    batch = collate([row(3, packed=True), row(5, packed=True)], pad_token_id=0, fixed_length=6)
-    assert sorted(batch) == ["input_ids", "labels", "position_ids"]
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 0]]
-    assert batch["labels"].tolist() == [[1, 2, 3, -100, -100, -100], [1, 2, 3, 4, 5, -100]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]]
-    flat = collate([row(3, packed=True), row(5, packed=True)], pad_token_id=0, fixed_length=None, flat=True)
-    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert needs_flat("flash_attention_2") and not needs_flat("sdpa")
-
-
-def test_other_batches_are_padded_to_the_longest_and_masked() -> None:
-    batch = collate([row(3, packed=False), row(5, packed=False)], pad_token_id=9, fixed_length=None)
-    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9], [1, 2, 3, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    with pytest.raises(ValueError, match="does not fit the fixed length 4"):
-        collate([row(5, packed=False)], pad_token_id=0, fixed_length=4)
-
-
-def test_every_epoch_trains_every_row_once_in_its_own_order() -> None:
-    """Steps may straddle epochs; ten rows in batches of four."""
-    order = Order(10, 4, seed=3)
-    assert order.steps_per_epoch == 3
-    sequence = np.concatenate([order.indices(step) for step in range(10)])
-    epochs = sequence.reshape(4, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-
-
-def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
-    """Resume needs the step number only: no state, any order of asking, also far ahead."""
-    there = Order(10, 4, seed=3)
-    walked = [there.indices(step).tolist() for step in range(50)]
-    jumped = [Order(10, 4, seed=3).indices(step).tolist() for step in range(50)]
-    backwards = [there.indices(step).tolist() for step in reversed(range(50))]
-    assert walked == jumped == backwards[::-1]
-    assert Order(10, 4, seed=4).indices(0).tolist() != walked[0]
-    assert len(Order(1_000_000, 8, seed=3).indices(10**9)) == 8
-
-
-def test_fewer_rows_than_a_batch_repeat_within_it() -> None:
-    counts = np.bincount(Order(3, 9, seed=0).indices(0))
-    assert counts.tolist() == [3, 3, 3]
-    with pytest.raises(DataError, match="no rows to train on"):
-        Order(0, 8, seed=0)
-
-
-def test_the_order_does_not_change_between_versions() -> None:
-    """A resumed run continues the order its first attempt began; a change here breaks exact resume."""
-    assert Order(10, 10, seed=42).indices(0).tolist() == ORDER_OF_SEED_42
-    assert data_module.CACHE_VERSION == 1
-
-
-ORDER_OF_SEED_42 = [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
