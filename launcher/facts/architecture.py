@@ -161,6 +161,7 @@ _FAMILIES: dict[str, _Family] = {
     ),
 }
 _ALIASES = {"gemma3": "gemma3_text", "ministral": "mistral", "yi": "llama"}
+_ONE_KEY_HEAD_PER_QUERY_HEAD = frozenset({"gpt_neox", "mpt", "gpt2"})
 _ATTENTION_BIAS_DEFAULTS_TRUE = frozenset({"gpt_neox"})
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -234,6 +235,8 @@ def _kv_heads(read: _Reader, heads: int, kind: str) -> int:
         if config.get("new_decoder_architecture"):
             return read.optional("kv_heads") or heads
         return 1 if config.get("multi_query", True) else heads
+    if kind in _ONE_KEY_HEAD_PER_QUERY_HEAD:
+        return heads
     if kind == "gpt_bigcode":
         return 1 if config.get("multi_query", True) else heads
     return read.optional("kv_heads") or heads

@@ -15,21 +15,28 @@ def layer_activation_bytes_per_token(model: ModelShape, candidate: Candidate) ->
     """Bytes one token leaves behind in one layer for backward, without checkpointing.
 
     Two RMSNorms (fp32 copy, normalized and scaled output): 8d + 4cd; attention: rotated q and k, v, output and the
-    softmax statistics: c(2q + 2k); gated MLP: gate, activated gate, up, product and one transient: 5cf. At c = 2
-    that is 16d + 4q + 4k + 10f, within 1 % of the blocks Bekman measured (Llama, Mistral, Qwen, SmolLM).
+    softmax statistics: c(2q + 2k); gated MLP: gate, activated gate, up and their product: 4cf. Norms of queries and
+    keys keep an fp32 copy and the normalized values: (4 + c)(q + k). With the transient of `layer_transient_bytes_
+    per_token` that is 16d + 4q + 4k + 10f at c = 2, what Bekman measured for single blocks of Llama and Mistral.
     """
     size = DTYPE_BYTES[candidate.precision]
     norm = 4 + 2 * size if model.norm == "RMSNorm" else 2 * size
     total: float = model.norms_per_layer * norm * model.hidden
     total += size * (2 * model.q_width + 2 * model.kv_width) + 4 * model.heads
     if model.qk_norm:
-        total += 3.5 * size * (model.q_width + model.kv_width)
+        total += (4 + size) * (model.q_width + model.kv_width)
     total += _attention_extra(model, candidate, size)
-    mlp = (5 if model.gated_mlp else 3) * size * model.intermediate
+    mlp = (4 if model.gated_mlp else 2) * size * model.intermediate
     if model.experts:
         routing = 4 * model.experts + 2 * size * model.hidden * model.experts_per_token
         mlp = model.experts_per_token * mlp + routing
     return total + mlp + _adapter_bytes_per_token(model, candidate, size)
+
+
+def layer_transient_bytes_per_token(model: ModelShape, candidate: Candidate) -> float:
+    """Bytes per token that one layer needs while it is worked on, beyond what it keeps: one more MLP-wide tensor."""
+    active = model.experts_per_token if model.experts else 1
+    return DTYPE_BYTES[candidate.precision] * model.intermediate * active
 
 
 def _attention_extra(model: ModelShape, candidate: Candidate, size: int) -> float:

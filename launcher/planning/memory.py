@@ -17,12 +17,13 @@ from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.activations import (
     layer_activation_bytes_per_token,
+    layer_transient_bytes_per_token,
     logits_bytes_per_token,
     stored_bytes_per_token,
 )
 from launcher.planning.plan import DTYPE_BYTES, Candidate, Interval, MemoryEstimate
 from launcher.planning.stack import OUR_STACK, StackProfile
-from launcher.planning.states import states, weight_bytes
+from launcher.planning.states import States, states, weight_bytes
 from launcher.planning.trainable import trainable_params
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "runtime")
@@ -123,7 +124,8 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
     tokens = candidate.micro_batch * (candidate.seq_len + (candidate.num_virtual_tokens or 0))
     stored = stored_bytes_per_token(model, candidate, stack) * tokens
     one_layer = layer_activation_bytes_per_token(model, candidate) * tokens
-    working = one_layer if candidate.gradient_checkpointing else 0.0
+    transient = layer_transient_bytes_per_token(model, candidate) * tokens
+    working = transient + (one_layer if candidate.gradient_checkpointing else 0.0)
     between = {
         "weights": state.weights,
         "gradients": state.gradients_between,
@@ -153,9 +155,12 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
         ),
         Moment(
             name="end of backward",
-            activations=one_layer,
+            activations=one_layer + transient,
             gathered=_gathered(model, candidate, "layer"),
-            **{**between, "gradients": state.gradients},
+            **{
+                **between,
+                "gradients": max(state.gradients_between, _gradients_before_first_layer(model, candidate, state)),
+            },
         ),
         Moment(
             name="optimizer step",
@@ -166,6 +171,14 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
         ),
     ]
     return [*found, *_loading(model, candidate, stack)]
+
+
+def _gradients_before_first_layer(model: ModelShape, candidate: Candidate, state: States) -> float:
+    """Gradients that exist when backward reaches the first layer: its own and the embedding's are still to come."""
+    if candidate.method != "full":
+        return state.gradients
+    coming = model.layer_params + (0 if model.tied_embeddings else model.vocab * model.hidden)
+    return state.gradients * (1 - coming / model.params)
 
 
 def _loading(model: ModelShape, candidate: Candidate, stack: StackProfile) -> list[Moment]:

@@ -180,6 +180,8 @@ def _advice_of(task: Task, method: str, chosen: Estimate) -> list[Advice]:
 
 def _retreats(task: Task, chosen: Estimate) -> list[Advice]:
     """Which steps of the retreat from too little memory were taken (rule R10)."""
+    if not chosen.fits:
+        return []
     candidate, recipe = chosen.candidate, task.recipe
     peak = f"peak {chosen.memory.peak_bytes.expected / GIB:.1f} of {chosen.memory.usable_bytes / GIB:.1f} GiB"
     taken: list[tuple[str, object, str]] = []
