@@ -37,7 +37,7 @@ def test_the_shipped_recipes_are_all_there() -> None:
     assert {path.stem for path in RECIPES} >= {
         *("llama3.1-70b-full", "llama3.1-70b-full-offload", "llama3.1-70b-lora", "llama3.1-70b-qlora"),
         *("llama3.1-8b-full", "llama3.1-8b-lora", "mistral-7b-qlora-24gb", "mixtral-8x7b-lora"),
-        *("smollm2-360m-full", "tiny-cpu", "quickstart-base", "quickstart-lora"),
+        *("smollm2-360m-full", "tiny-cpu", "quickstart-base"),
     }
     assert {path.stem for path in shipped_recipes()} == {path.stem for path in RECIPES}
 
