@@ -123,8 +123,9 @@ class DeepSpeedEngine:
         """DeepSpeed's own files below `folder`; frozen weights come from the base and are left out."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=not self._full)
         if self._rank == 0:
-            # DeepSpeed leaves a copy of its converter; a checkpoint holds data, nothing to be run.
-            (folder / "zero_to_fp32.py").unlink(missing_ok=True)
+            # DeepSpeed leaves copies of its converters; a checkpoint holds data, nothing to be run.
+            for script in folder.glob("zero_to_*.py"):
+                script.unlink(missing_ok=True)
         files = [path for path in sorted((folder / _TAG).rglob("*")) if path.is_file()]
         return [path for path in files if _owner(path.relative_to(folder)) == self._rank]
 
