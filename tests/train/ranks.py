@@ -53,7 +53,7 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(timeout=3)
             if process.is_alive():
                 process.kill()
                 process.join()

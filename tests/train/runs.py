@@ -45,9 +45,7 @@ def make_run(recipe: Recipe, candidate: Candidate) -> RunFolder:
     run.resolved.write_text(recipe_to_yaml(resolved), encoding="utf-8")
     write_json(run.plan, plan_to_json(_plan(resolved, candidate)))
     if candidate.zero_stage:
-        from launcher.planning.deepspeed_config import deepspeed_config
-
-        write_json(run.ds_config, deepspeed_config(candidate))
+        write_json(run.ds_config, _deepspeed_config(candidate))
     return run
 
 
@@ -55,10 +53,14 @@ def train_here(run_dir: Path, attempt: str = "test.0", stop_after: int | None = 
     """One rank's whole life, in a process that has joined already; returns its ending (for use in `Ranks`)."""
     import torch.distributed as dist
 
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from launcher.worker import main
     from launcher.worker.stopping import StopFlag
     from tests.train.ranks import place_of
 
+    # DeepSpeed never lets go of an engine, and its model goes on telling transformers that ZeRO-3 is on.
+    unset_hf_deepspeed_config()
     stop = StopFlag() if stop_after is None else StopAfter(run_dir, stop_after)
     place = place_of(dist.get_rank(), dist.get_world_size(), attempt)
     main.train(RunFolder(run_dir), place, stop, join=lambda *_args, **_named: None)
@@ -158,3 +160,37 @@ def _plan(recipe: Recipe, candidate: Candidate) -> Plan:
         job=JobShape(time_limit_min=10, cpus_per_task=1, mem=None),
         site="local",
     )
+
+
+def _deepspeed_config(c: Candidate) -> dict[str, Any]:
+    zero = {
+        "stage": c.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": c.buckets.reduce_elements,
+        "allgather_bucket_size": c.buckets.allgather_elements,
+    }
+    if c.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": c.offload_optimizer, "pin_memory": False}
+    if c.offload_param != "none":
+        zero["offload_param"] = {"device": c.offload_param, "pin_memory": False}
+    if c.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": c.buckets.prefetch_elements,
+            "stage3_param_persistence_threshold": c.buckets.persistence_elements,
+            "stage3_max_live_parameters": c.buckets.max_live_elements,
+            "stage3_max_reuse_distance": c.buckets.max_reuse_elements,
+            "sub_group_size": c.buckets.sub_group_elements,
+        }
+    return {
+        "train_batch_size": c.global_batch,
+        "train_micro_batch_size_per_gpu": c.micro_batch,
+        "gradient_accumulation_steps": c.gradient_accumulation,
+        "gradient_clipping": c.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": c.precision == "bf16"},
+        "fp16": {"enabled": c.precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
