@@ -6,6 +6,7 @@ dtype under DeepSpeed, which holds the fp32 master itself and wants one dtype pe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,14 @@ def _stage_problems(candidate: Candidate) -> list[str]:
             f"method: adalora cannot run with deepspeed.stage {stage}: its rank allocation reads whole gradients, "
             "which ZeRO frees or partitions; use deepspeed.stage: 0, or method: lora"
         )
-    # PyTorch's non-reentrant checkpointing compares recomputed shapes, which ZeRO-3 has released by then.
+    # PyTorch's non-reentrant form compares recomputed shapes with those ZeRO-3 had released when they were saved.
+    # Whether that strikes depends on versions and prefetching (transformers issue 47254); the re-entrant form is
+    # what tests/train/test_model.py proves.
     frozen = method != "full"
     if stage == 3 and frozen and candidate.gradient_checkpointing and not candidate.checkpointing_reentrant:
         problems.append(
             f"method: {method} with deepspeed.stage 3 needs re-entrant gradient checkpointing: "
-            "the non-reentrant form crashes where ZeRO-3 meets frozen weights"
+            "the non-reentrant form is known to crash where ZeRO-3 meets frozen weights"
         )
     return problems
 
@@ -105,8 +108,16 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, candidate: Candidate, *, 
 
 def _wrap(base: PreTrainedModel, config: PeftConfig, *, fp32_adapter: bool) -> nn.Module:
     try:
-        return peft.get_peft_model(base, config, autocast_adapter_dtype=fp32_adapter)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by an older name; and it tells of its own patterns for fused experts.
+            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|did not match any targeted module)")
+            return peft.get_peft_model(base, config, autocast_adapter_dtype=fp32_adapter)
     except ValueError as error:
+        if "ParamWrapper" in str(error):
+            raise RecipeError(
+                f"lora: PEFT cannot put this on the fused experts of {base.config.model_type} ({error}); "
+                "set lora.lora_dropout: 0 and method: lora, or name only attention layers in lora.target_modules"
+            ) from error
         if "arget module" not in str(error):
             raise
         raise RecipeError(

@@ -297,6 +297,7 @@ def _reload_adapter(path: Path, recipe: Recipe, candidate: Candidate, device: st
     base = load_base(recipe.model, candidate, device=device)
     base.config.use_cache = False
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|did not match any targeted module)")
         warnings.filterwarnings("error", message="Found missing adapter keys")
         model: nn.Module = peft.PeftModel.from_pretrained(base, path, torch_device=device)
     on_disk = load_file(path / ADAPTER_WEIGHTS)

@@ -145,7 +145,7 @@ def _check_shards(folder: Path, where: str) -> None:
     missing = [path.name for path in shards if not path.exists()]
     if missing:
         raise ModelError(
-            f"{where}: {INDEX} names {_some(missing)}, not in the folder ({len(missing)} of {len(shards)})"
+            f"{where}: {INDEX} names {_some(missing)}, which the folder lacks ({len(missing)} of {len(shards)})"
         )
     for path in shards:
         try:

@@ -11,6 +11,7 @@ their weights are. So: everything is frozen, nothing is cast.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from launcher.recipe.schema import LORA_METHODS, ModelSection, Recipe
 from launcher.worker.adapters import add_adapter, check_method
 from launcher.worker.base import load_base, reading
 
+_log = logging.getLogger(__name__)
+NOTABLE_SHARE = 0.05
+"""Unquantized share of a 4-bit model, beside its embeddings, that is worth a line in the log."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -113,6 +117,8 @@ def build_model(
     base = load_base(recipe.model, candidate, device=device)
     if zero3 and partition is None:
         partition = HfDeepSpeedConfig(ds_config)
+    if candidate.quant is not None:
+        _tell_unquantized(base)
     base.config.use_cache = False
     model: nn.Module = base
     if candidate.method != "full":
@@ -120,8 +126,22 @@ def build_model(
         model = add_adapter(base, recipe, candidate, total_steps=total_steps)
     _set_checkpointing(base, candidate)
     # transformers and PEFT hold it weakly and ask it whether weights are partitioned, as long as the model lives.
-    model.zero3_config = partition  # type: ignore[assignment]
+    model.zero3_config = partition
     return model.train()
+
+
+def _tell_unquantized(base: PreTrainedModel) -> None:
+    """Say so when much of a "4-bit" model is not: bitsandbytes replaces nn.Linear, and fused experts are not that."""
+    embeddings = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer}
+    whole = [
+        (name, parameter.numel())
+        for name, parameter in base.named_parameters()
+        if getattr(parameter, "quant_state", None) is None and id(parameter) not in embeddings and parameter.dim() > 1
+    ]
+    share = sum(size for _, size in whole) / count_parameters(base).total
+    if share > NOTABLE_SHARE:
+        largest = max(whole, key=lambda entry: entry[1])[0]
+        _log.warning("qlora: %.0f%% of the weights stay unquantized, such as %s", 100 * share, largest)
 
 
 def _set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:

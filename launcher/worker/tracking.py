@@ -184,7 +184,7 @@ def _forget_failed_start() -> None:
     wandb.teardown(exit_code=1)
 
 
-def _init(recipe: Recipe, run: RunFolder, mode: str) -> Any:
+def _init(recipe: Recipe, run: RunFolder, mode: Any) -> Any:
     import wandb
 
     return wandb.init(
