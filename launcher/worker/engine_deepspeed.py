@@ -115,6 +115,8 @@ class DeepSpeedEngine:
                 tokens += trained_tokens(batch)
         finally:
             self._engine.train()
+        # Stage 3 prefetches weights for a backward pass that never comes; left in flight, the next gather would fail.
+        self._engine.empty_partition_cache()
         return total, tokens
 
     # --- state ---------------------------------------------------------------------------------
