@@ -172,6 +172,11 @@ class Bed:
         """Ids of the job user's jobs that wait or run."""
         return slurm("squeue", "--noheader", f"--user={JOB_USER}", "--format=%i").split()
 
+    def cancel_everything(self) -> None:
+        """Cancel the jobs of this bed, whatever else runs on the cluster; run names are job names."""
+        for run in (self.home / "runs").glob("*-*"):
+            slurm("scancel", f"--name={run.name}")
+
     def evidence(self, run: RunFolder | None = None) -> str:
         """Everything a person would look at after a failure."""
         parts = [

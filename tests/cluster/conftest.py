@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.bed import JOB_USER, Bed, cluster_is_up, make_bed, slurm
+from tests.cluster.bed import JOB_USER, Bed, cluster_is_up, make_bed
 
 HOW = "start it as root with scripts/dev-cluster start, or let scripts/test cluster do everything"
 
@@ -30,5 +30,5 @@ def bed() -> Iterator[Bed]:
     if found.code != 0:
         pytest.fail(f"{JOB_USER} cannot import the package with {bed.python}: {HOW}\n{found.err}")
     yield bed
-    slurm("scancel", f"--user={JOB_USER}")
+    bed.cancel_everything()
     shutil.rmtree(home, ignore_errors=True)

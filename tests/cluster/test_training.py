@@ -86,8 +86,10 @@ def test_accounting_agrees(bed: Bed, runs: dict[str, RunFolder]) -> None:
     for run in runs.values():
         bed.finished(run)
     ids = {event["job_id"] for run in runs.values() for event in read_json_lines(run.attempts) if "job_id" in event}
-    said = slurm("sacct", "-X", "-n", "-P", "--format=State,ExitCode", f"--jobs={','.join(ids)}").split()
-    assert said == ["COMPLETED|0:0"] * 4
+    ask = ("sacct", "-X", "-n", "-P", "--format=State,ExitCode", f"--jobs={','.join(ids)}")
+    # The result is written a moment before Slurm sees the job end.
+    bed.until(lambda: "RUNNING" not in slurm(*ask), "accounting sees the jobs end", limit_s=60)
+    assert slurm(*ask).split() == ["COMPLETED|0:0"] * 4
 
 
 def test_run_folders_are_private(bed: Bed, runs: dict[str, RunFolder]) -> None:

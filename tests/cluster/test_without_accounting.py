@@ -46,7 +46,7 @@ def test_a_run_completes(bed: Bed, killed: RunFolder, lora: RunFolder) -> None:
 def test_a_worker_that_dies_without_a_word_is_seen(bed: Bed, killed: RunFolder) -> None:
     """SIGKILL to the rank: the job's failure is known although no record could be written."""
     bed.until(lambda: losses(killed), "the first step", killed, limit_s=300)
-    slurm("pkill", "-KILL", "--full", f"{killed.run_id}/submission")
+    slurm("pkill", "-KILL", "--full", rf"^\S*python\S* -u -m submitit\S* .*{killed.run_id}")  # the rank, not its srun
     answer = bed.wait(killed)
     assert answer.code == 8
     assert bed.status(killed)["state"] == "FAILED"
