@@ -22,6 +22,7 @@ _STYLES = {
     "NOT_SUBMITTED": "dim",
 }
 _GIB = 2**30
+_FILE_WIDTH = 400
 
 
 def print_status(states: Sequence[RunStatus], *, one: bool, console: Console | None = None) -> None:
@@ -29,7 +30,10 @@ def print_status(states: Sequence[RunStatus], *, one: bool, console: Console | N
     if console is None:
         from rich.console import Console as TerminalConsole
 
-        console = TerminalConsole(highlight=False, soft_wrap=True)
+        console = TerminalConsole(highlight=False)
+        if not console.is_terminal:
+            # A file or a pipe has no width; a cut line would hide the reason.
+            console.width = _FILE_WIDTH
     if not states:
         console.print("no runs here; launcher submit RECIPE starts one")
         return
@@ -52,7 +56,7 @@ def _table(states: Sequence[RunStatus]) -> RenderableType:
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for name, right in (("PEAK", True), ("RESTARTS", True), ("LEFT", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    table.add_column("WHAT", overflow="fold")
+    table.add_column("WHAT", no_wrap=True, overflow="ellipsis")
     for status in states:
         table.add_row(
             status.run,

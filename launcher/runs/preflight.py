@@ -23,6 +23,8 @@ from launcher.planning.plan import Plan
 from launcher.recipe.problems import nearest
 from launcher.recipe.scalars import format_minutes
 from launcher.recipe.schema import DataSource, Recipe
+from launcher.runs.folder import RunFolder
+from launcher.runs.submission import job_request
 
 _ORDER: tuple[type[LauncherError], ...] = (RecipeError, DataError, ModelError, ClusterError)
 """Which error is raised when several stages found something; its messages carry all the others too."""
@@ -67,10 +69,9 @@ def check(recipe: Recipe, plan: Plan, site: Site, parent: Path) -> list[str]:
     found.run(lambda: _check_model(recipe, found))
     found.run(lambda: _check_folder(parent))
     found.run(lambda: _check_python(site))
+    found.run(lambda: _check_request(recipe, plan, site, parent))
     if site.executor == "slurm":
         found.run(lambda: _check_cluster(recipe, plan, site, found))
-    elif plan.chosen.candidate.nodes > 1:
-        found.add(ClusterError, f"slurm.nodes: {plan.chosen.candidate.nodes} nodes are planned; this machine is one")
     found.settle()
     return found.notices
 
@@ -134,6 +135,11 @@ def _check_python(site: Site) -> None:
         raise ClusterError(
             f"venv: no Python at {python}; point the site profile or LAUNCHER_VENV to a virtual environment"
         )
+
+
+def _check_request(recipe: Recipe, plan: Plan, site: Site, parent: Path) -> None:
+    """The request can be made: no value in it that must not reach sbatch, whatever name the run will get."""
+    job_request(plan, recipe, RunFolder(parent.absolute() / f"{recipe.name}-xxxxx"), site)
 
 
 def _check_cluster(recipe: Recipe, plan: Plan, site: Site, found: _Found) -> None:

@@ -84,7 +84,7 @@ class Evidence:
 
     def last(self, name: str) -> Mapping[str, Any] | None:
         """The last event of that name since the job was last submitted or started; None when there is none."""
-        for event in reversed(self.events):
+        for event in self.events[::-1]:
             if event.get("event") == name:
                 return event
             if event.get("event") in ("submitted", "started"):
@@ -213,7 +213,7 @@ def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: s
     """The state of a job that has ended without result.json; `word` is Slurm's (COMPLETED for a local job)."""
     stopped = evidence.last("stopped")
     if evidence.cancelled or word == "CANCELLED":
-        word, why = "CANCELLED", "was cancelled"
+        word, why, reason = "CANCELLED", "was cancelled", None
     elif stopped and word == "COMPLETED":
         word, why = "STOPPED", f"was told to stop ({stopped.get('reason')}), saved and left"
     elif word == "COMPLETED":

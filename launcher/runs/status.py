@@ -171,7 +171,8 @@ def wait(run: RunFolder, poll_s: float = 1.0, timeout_s: float | None = None) ->
             return status
         now = time.monotonic()
         ended_at = (ended_at or now) if status.ended else None
-        if ended_at is not None and (status.cluster == "local" or now - ended_at >= _RESULT_MAY_LAG_S):
+        certain = status.cluster == "local" or status.state == "CANCELLED"
+        if ended_at is not None and (certain or now - ended_at >= _RESULT_MAY_LAG_S):
             raise JobFailedError(f"run {status.run} {status.sentence}", *_where_to_look(run, status))
         if timeout_s is not None and now - began >= timeout_s:
             raise TemporaryError(f"run {status.run} has not ended after {timeout_s:.0f} s: it {status.sentence}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ClusterError, DataError, LauncherError, ModelError
+from launcher.errors import ClusterError, DataError, LauncherError, ModelError, RecipeError
 from launcher.facts.weights import model_folder_problems
 from launcher.recipe.schema import DataSource, ModelSection
 from launcher.runs.preflight import check
@@ -125,6 +125,13 @@ def test_every_stage_is_told_and_the_first_gives_the_exit_code(tmp_path: Path, c
     assert isinstance(error, DataError)
     text = str(error)
     assert "missing.jsonl: no such file" in text and "no config.json" in text and "9 nodes asked" in text
+
+
+def test_hostile_values_are_refused_before_a_folder_is_made(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """What must not reach sbatch is found here, together with everything else."""
+    error = refuse(tmp_path, plan=make_plan(nodes=9), slurm={"constraint": "a'b"})
+    assert isinstance(error, RecipeError)
+    assert "slurm.constraint" in error.problems[0] and "9 nodes asked" in error.problems[1]
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, cluster: FakeSlurm) -> None:

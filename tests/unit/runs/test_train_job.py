@@ -1,0 +1,64 @@
+"""The pickled object: what it does before and after the rank, with a fake rank in place of training."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.runs.train_job import EARLY_SIGNAL, TrainJob
+
+
+@pytest.fixture
+def fake_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Path], int]], None]]:
+    """Puts a function in the worker's place; handlers and environment are as before afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    monkeypatch.delenv(EARLY_SIGNAL, raising=False)
+
+    def use(run: Callable[[Path], int]) -> None:
+        module = types.ModuleType("launcher.worker.main")
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "launcher.worker.main", module)
+
+    yield use
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.pop(EARLY_SIGNAL, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_during_the_imports_is_noted_not_obeyed(
+    fake_rank: Callable[..., None], number: signal.Signals
+) -> None:
+    """submitit's handler would requeue or end the job here; ours only leaves word for the worker."""
+    seen: list[str | None] = []
+
+    def run(_run_dir: Path) -> int:
+        os.kill(os.getpid(), number)
+        seen.append(os.environ.get(EARLY_SIGNAL))
+        return 0
+
+    fake_rank(run)
+    TrainJob("/runs/x")()
+    assert seen == [number.name]
+
+
+def test_the_ranks_exit_code_is_the_tasks(fake_rank: Callable[..., None]) -> None:
+    """srun must see a failing rank fail."""
+    fake_rank(lambda run_dir: 3 if run_dir == Path("/runs/x") else 0)
+    with pytest.raises(SystemExit) as caught:
+        TrainJob("/runs/x")()
+    assert caught.value.code == 3
+
+
+def test_the_pickle_is_small_and_light() -> None:
+    """A path travels, by reference to a class; unpickling it imports no training stack."""
+    data = pickle.dumps(TrainJob("/runs/x"))
+    assert len(data) < 200
+    assert pickle.loads(data) == TrainJob("/runs/x")
