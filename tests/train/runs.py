@@ -52,7 +52,6 @@ def make_run(recipe: Recipe, candidate: Candidate) -> RunFolder:
 def train_here(run_dir: Path, attempt: str = "test.0", stop_after: int | None = None) -> dict[str, Any]:
     """One rank's whole life, in a process that has joined already; returns its ending (for use in `Ranks`)."""
     import torch.distributed as dist
-
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from launcher.worker import main
