@@ -37,7 +37,7 @@ _REFUSED = {
     "error": "logs go to the run folder",
     "input": "jobs read nothing",
     "open-mode": "logs are always appended to",
-    "chdir": "jobs start in the run folder",
+    "chdir": "jobs start where submit was typed",
     "ntasks": "one task per GPU is started",
     "ntasks-per-node": "one task per GPU is started",
     "ntasks-per-gpu": "one task per GPU is started",
