@@ -28,6 +28,8 @@ def main(folder: Path) -> int:
     for name, numbers in parts.items():
         counted = "  ".join(f"{numbers[column]:4.0f} {column}" for column in COLUMNS)
         print(f"{name:8} {counted}  {numbers['seconds']:6.0f} s")
+    for file in folder.glob("*.skipped"):
+        print(f"{file.stem:8} skipped: {file.read_text().strip()}")
     total = {column: int(sum(numbers[column] for numbers in parts.values())) for column in COLUMNS}
     print(", ".join(f"{total[column]} {column}" for column in COLUMNS))
     return int(total["failed"] > 0 or total["passed"] == 0 or slurm_skipped(parts))
