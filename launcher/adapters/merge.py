@@ -1,9 +1,9 @@
 """Turning a base and its adapter into one model, without losing what was trained.
 
 A QLoRA adapter was trained on the rounded weights of its 4-bit base. Merged into the original weights it
-corrects errors that are not there, and the logits are off by far more than rounding (0.38 on a scale of 1.9 where
-this way gives 8e-7, measured in tests/train/test_qlora.py); merged into the 4-bit weights, the sum is rounded
-to 4 bits again. So the base is dequantized first, in fp32, merged, and cast last.
+corrects errors that are not there, and the logits move by more than their own standard deviation (0.21 and 0.17;
+this way 1e-6, measured in fp32 by tests/train/test_qlora.py). Merged into the 4-bit weights, the sum is rounded to
+4 bits again. So the base is dequantized first, in fp32, merged, and cast last.
 """
 
 from __future__ import annotations
