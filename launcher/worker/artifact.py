@@ -77,7 +77,11 @@ def _write_model(folder: Path, state: Mapping[str, Tensor], model: Any, recipe: 
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    _edit(folder / "config.json", dtype=str(saved_dtype).removeprefix("torch."), use_cache=base.to_dict()["use_cache"])
+    _edit(
+        folder / "config.json",
+        dtype=str(saved_dtype).removeprefix("torch."),
+        use_cache=base.to_dict().get("use_cache", True),
+    )
     index = folder / "model.safetensors.index.json"
     if index.exists():
         metadata = json.loads(index.read_text(encoding="utf-8"))["metadata"]
@@ -238,9 +242,12 @@ def _sha256(path: Path) -> str:
 def _obstacle(path: Path, recipe: Recipe, candidate: Candidate, device: str) -> str | None:
     """Why the model cannot be loaded a second time, or None: it has to fit beside the trained one."""
     if candidate.method == "full":
-        needed = int(sum(file.stat().st_size for file in weight_files(path)) * RELOAD_MARGIN)
+        weights: int | None = sum(file.stat().st_size for file in weight_files(path))
     else:
-        needed = int((base_bytes(recipe.model, candidate) or 0) * RELOAD_MARGIN)
+        weights = base_bytes(recipe.model, candidate)
+    if weights is None:
+        return "the size of the base is not known on this machine"
+    needed = int(weights * RELOAD_MARGIN)
     free = _free_bytes(device)
     if needed <= free:
         return None

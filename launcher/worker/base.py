@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from launcher.errors import ModelError
 from launcher.planning.plan import Candidate, QuantNumbers
@@ -176,7 +177,7 @@ def check_architecture(model: ModelSection) -> None:
     names = list(getattr(config, "architectures", None) or [])
     own_code = model.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.is_encoder_decoder or (names and not own_code and not known.intersection(names)):
+    if getattr(config, "is_encoder_decoder", False) or (names and not own_code and not known.intersection(names)):
         raise ModelError(f"{where} is a {_some(names) or config.model_type}, not a causal language model")
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
@@ -185,12 +186,24 @@ def check_architecture(model: ModelSection) -> None:
 
 
 def base_bytes(model: ModelSection, candidate: Candidate) -> int | None:
-    """Bytes the base takes once loaded, from the safetensors headers; None for a hub id (nothing to look at)."""
-    folder = Path(model.name_or_path)
-    if not folder.is_dir():
+    """Bytes the base takes once loaded, from the safetensors headers; None where they are not on this machine."""
+    folder = _local_folder(model)
+    if folder is None or not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return None
     per_parameter = NF4_BYTES_PER_PARAMETER if candidate.quant is not None else weights_dtype(candidate).itemsize
     return int(sum(math.prod(shape) for shape in shapes(weight_files(folder)).values()) * per_parameter)
+
+
+def _local_folder(model: ModelSection) -> Path | None:
+    """The model's folder, or the hub cache's for an id that was fetched before; never asks the network."""
+    folder = Path(model.name_or_path)
+    if folder.is_dir():
+        return folder
+    try:
+        config = cached_file(model.name_or_path, "config.json", revision=model.revision, local_files_only=True)
+    except OSError:
+        return None
+    return None if config is None else Path(config).parent
 
 
 def shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

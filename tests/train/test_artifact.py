@@ -344,3 +344,29 @@ def test_adalora_stopped_between_allocations_is_exact(folder: Path, tmp_path: Pa
         facts = trained.verify(path)
         assert facts["reloaded_loss"] == pytest.approx(trained.loss, rel=1e-6)
         assert all(tensor.numel() for tensor in load_file(path / "adapter_model.safetensors").values())
+
+
+def test_verification_loads_whole_models_under_zero3(lora: Trained, tmp_path: Path) -> None:
+    """Rank 0 verifies alone while training holds partitioned weights; the loader must not wait for the other ranks."""
+    from transformers.integrations.deepspeed import (
+        HfDeepSpeedConfig,
+        is_deepspeed_zero3_enabled,
+        unset_hf_deepspeed_config,
+    )
+
+    _, path = lora.write(tmp_path)
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert lora.verify(path)["loss_check"] == "equal"
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def test_base_of_unknown_size_is_not_loaded_blindly(lora: Trained, tmp_path: Path) -> None:
+    """An id that is not in this machine's cache cannot be sized, so the result says that its loss was not compared."""
+    _, path = lora.write(tmp_path)
+    recipe = replace(lora.recipe, model=replace(lora.recipe.model, name_or_path="nobody/no-such-model"))
+    facts = replace(lora, recipe=recipe).verify(path)
+    assert facts["loss_check"] == "skipped: the size of the base is not known on this machine"
