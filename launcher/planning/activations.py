@@ -1,36 +1,38 @@
 """Bytes per token that forward leaves for backward: layers, adapters, loss.
 
 Symbols: d hidden size, q and k widths of all query and of all key heads, f MLP width, c bytes of the compute dtype.
+The coefficients are those of transformers 5 with PyTorch's autograd; tests/train/test_memory_model.py compares them
+with the live bytes of real steps.
 """
 
 from __future__ import annotations
 
-from launcher.facts.shape import ModelShape
+from launcher.facts.shape import Linear, ModelShape
 from launcher.planning.plan import DTYPE_BYTES, Candidate
 from launcher.planning.stack import StackProfile
 from launcher.planning.trainable import targeted
 
 
 def layer_activation_bytes_per_token(model: ModelShape, candidate: Candidate) -> float:
-    """Bytes one token leaves behind in one layer for backward, without checkpointing.
+    """Bytes one token leaves behind in one layer, without checkpointing.
 
-    Two RMSNorms (fp32 copy, normalized and scaled output): 8d + 4cd; attention: rotated q and k, v, output and the
-    softmax statistics: c(2q + 2k); gated MLP: gate, activated gate, up and their product: 4cf. Norms of queries and
-    keys keep an fp32 copy and the normalized values: (4 + c)(q + k). With the transient of `layer_transient_bytes_
-    per_token` that is 16d + 4q + 4k + 10f at c = 2, what Bekman measured for single blocks of Llama and Mistral.
+    Full fine-tuning keeps per RMSNorm the fp32 input, the normalized values and the output (4 + 2c)d; attention keeps
+    rotated q and k, v, the output and the softmax's statistics, c(2q + 2k) + 4 per head; a gated MLP keeps gate,
+    activated gate, up and their product, 4cf. With frozen weights, normalized values and linear inputs are not needed.
+    With one more MLP-wide tensor in use that is 16d + 4q + 4k + 10f at c = 2, what Bekman measured for single blocks
+    of Llama and Mistral.
     """
     size = DTYPE_BYTES[candidate.precision]
-    norm = 4 + 2 * size if model.norm == "RMSNorm" else 2 * size
-    total: float = model.norms_per_layer * norm * model.hidden
+    total = model.norms_per_layer * _norm_bytes(model, candidate)
     total += size * (2 * model.q_width + 2 * model.kv_width) + 4 * model.heads
     if model.qk_norm:
         total += (4 + size) * (model.q_width + model.kv_width)
     total += _attention_extra(model, candidate, size)
-    mlp = (4 if model.gated_mlp else 2) * size * model.intermediate
+    mlp = (3 if model.gated_mlp else 1) * size * model.intermediate
     if model.experts:
         routing = 4 * model.experts + 2 * size * model.hidden * model.experts_per_token
         mlp = model.experts_per_token * mlp + routing
-    return total + mlp + _adapter_bytes_per_token(model, candidate, size)
+    return total + mlp + _linear_input_bytes(model, candidate, size)
 
 
 def layer_transient_bytes_per_token(model: ModelShape, candidate: Candidate) -> float:
@@ -39,48 +41,115 @@ def layer_transient_bytes_per_token(model: ModelShape, candidate: Candidate) -> 
     return DTYPE_BYTES[candidate.precision] * model.intermediate * active
 
 
+def residual_bytes(candidate: Candidate, stack: StackProfile) -> int:
+    """Bytes per element of the residual stream, which is what checkpointing stores of every layer.
+
+    fp32 weights under autocast make it fp32, and so does preparing a 4-bit base where the stack upcasts its norms.
+    """
+    wide = is_autocast(candidate) or (stack.residual_fp32_after_kbit and candidate.quant is not None)
+    return 4 if wide else DTYPE_BYTES[candidate.precision]
+
+
+def is_autocast(candidate: Candidate) -> bool:
+    """Whether fp32 weights are cast to 16 bits on use: full fine-tuning in plain torch."""
+    return candidate.method == "full" and candidate.zero_stage == 0 and candidate.precision != "fp32"
+
+
+def _norm_bytes(model: ModelShape, candidate: Candidate) -> float:
+    """What one norm keeps of one token: its input in fp32 and, where its weight is trained, the normalized values."""
+    size = 4 if is_autocast(candidate) else DTYPE_BYTES[candidate.precision]
+    kept = 4 if model.norm == "RMSNorm" else size
+    trained = size if candidate.method == "full" and model.norm == "RMSNorm" else 0
+    return (kept + trained) * model.hidden
+
+
 def _attention_extra(model: ModelShape, candidate: Candidate, size: int) -> float:
-    """Eager attention stores scores (quadratic); packed rows under SDPA need a mask, hence repeated key heads."""
+    """Eager attention stores scores (quadratic); packed rows under SDPA need a mask, and with it repeated key heads.
+
+    The CPU kernel returns its output in another layout then, so that a copy is kept too.
+    """
     if candidate.attn_implementation == "eager":
         return (2 * size + 4) * model.heads * candidate.seq_len
-    if candidate.attn_implementation == "sdpa" and candidate.packing:
-        return 2 * size * (model.q_width - model.kv_width)
-    return 0
+    if candidate.attn_implementation != "sdpa" or not candidate.packing:
+        return 0
+    # One single key head is repeated by a view.
+    repeated = 2 * size * (model.q_width - model.kv_width) if model.kv_heads > 1 else 0
+    return repeated + (size * model.q_width if candidate.device == "cpu" else 0)
 
 
-def _adapter_bytes_per_token(model: ModelShape, candidate: Candidate, size: int) -> float:
-    """Inputs that low-rank adapters keep of their own in one layer.
+def _linear_input_bytes(model: ModelShape, candidate: Candidate, size: int) -> float:
+    """Inputs that linear layers keep for their weight gradients, besides those something else keeps anyway.
 
-    fp32 adapters under autocast cast their input, so that every target holds a copy; dropout holds a copy and a
-    1-byte mask per target; bf16 adapters without dropout share what the base kept anyway.
+    Shared: norm outputs and the MLP's product, once each (the attention's output is kept by attention). Autocast
+    casts the input of every linear layer for itself. Adapters keep their inputs alone: a cast copy per target under
+    autocast, a dropped-out copy and its mask per target with dropout, else the shared ones.
     """
+    if candidate.method == "full":
+        inputs = model.linears
+    elif candidate.lora is not None:
+        inputs = targeted(model, candidate.lora.target_modules)[0]
+    else:
+        inputs = ()
+    own = candidate.lora is not None and candidate.lora.lora_dropout > 0
+    cast = candidate.precision != "fp32" and candidate.zero_stage == 0
+    if own or (cast and candidate.lora is not None):
+        mask = _mask_bytes(candidate, cast=cast) if own else 0
+        kept = float(sum(linear.in_features for linear in inputs) * (size + mask))
+    elif is_autocast(candidate):
+        after_norm = [linear for linear in inputs if linear.name not in _fed_by_activations(model)]
+        kept = size * (sum(linear.in_features for linear in after_norm) + _product(model, inputs))
+    else:
+        kept = size * (model.hidden * _norms_read(model, inputs) + _product(model, inputs))
+    kept += size * model.hidden * model.experts_per_token if model.experts and candidate.method == "full" else 0
+    return kept + _adapter_inner_bytes(candidate, inputs, size)
+
+
+def _mask_bytes(candidate: Candidate, *, cast: bool) -> int:
+    """Bytes per element of a dropout mask: booleans on a GPU, the input's own type (fp32 before a cast) on the CPU."""
+    if candidate.device == "cuda":
+        return 1
+    return 4 if cast else DTYPE_BYTES[candidate.precision]
+
+
+def _fed_by_activations(model: ModelShape) -> set[str]:
+    """Names of the linear layers that read attention's output or the MLP's product."""
+    last = {linear.block: linear.name for linear in model.linears}
+    return set(last.values())
+
+
+def _norms_read(model: ModelShape, inputs: tuple[Linear, ...]) -> int:
+    """How many different norm outputs the given linear layers read in one layer."""
+    blocks = {linear.block for linear in inputs if linear.name not in _fed_by_activations(model)}
+    return len(blocks) if model.norms_per_layer > 1 else min(1, len(blocks))
+
+
+def _product(model: ModelShape, inputs: tuple[Linear, ...]) -> int:
+    """Width of the MLP's product where its last linear layer keeps it."""
+    names = _fed_by_activations(model)
+    return max((linear.in_features for linear in inputs if linear.name in names and "mlp" in linear.block), default=0)
+
+
+def _adapter_inner_bytes(candidate: Candidate, inputs: tuple[Linear, ...], size: int) -> float:
     if candidate.lora is None:
         return 0
-    layered, _ = targeted(model, candidate.lora.target_modules)
-    dropout = candidate.lora.lora_dropout > 0
-    copies = candidate.precision != "fp32" and candidate.zero_stage == 0
-    per_input = (size if copies or dropout else 0) + (1 if dropout else 0)
-    inputs = sum(linear.in_features for linear in layered) * per_input
-    inner = size * candidate.lora.r * len(layered)
-    outputs = 2 * size * sum(linear.out_features for linear in layered) if candidate.lora.use_dora else 0
-    return inputs + inner + outputs
+    outputs = 2 * size * sum(linear.out_features for linear in inputs) if candidate.lora.use_dora else 0
+    return size * candidate.lora.r * len(inputs) + outputs
 
 
 def stored_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """Bytes per token alive between forward and backward, all layers together."""
-    if not candidate.gradient_checkpointing:
-        return model.layers * layer_activation_bytes_per_token(model, candidate)
-    wide = stack.residual_fp32_after_kbit and candidate.quant is not None
-    size = 4 if wide else DTYPE_BYTES[candidate.precision]
-    return model.layers * size * model.hidden
+    if candidate.gradient_checkpointing:
+        return model.layers * residual_bytes(candidate, stack) * model.hidden
+    return model.layers * layer_activation_bytes_per_token(model, candidate)
 
 
 def logits_bytes_per_token(
     model: ModelShape, candidate: Candidate, stack: StackProfile, *, backward: bool = True
 ) -> float:
-    """Bytes per token at the peak of a plain cross-entropy, final norm included."""
+    """Bytes per token at the peak of a plain cross-entropy, what the final norm keeps included."""
     size = DTYPE_BYTES[candidate.precision]
     held, wide = stack.logits_backward if backward else stack.logits_forward
     # fp32 logits need no fp32 copy.
     copies = held * size + 4 * (wide if size != 4 or backward else wide - 1)
-    return copies * model.vocab + (4 + 2 * size) * model.hidden
+    head_input = size * model.hidden if candidate.method == "full" else 0
+    return copies * model.vocab + _norm_bytes(model, candidate) + head_input

@@ -22,7 +22,8 @@ SMALL = {
 HEAD_16 = {"head_dim": 16}
 FAMILIES = {
     "llama": SMALL,
-    "llama tied": SMALL | {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama tied": SMALL
+    | {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "mistral": SMALL | {"head_dim": 32},
     "qwen2": SMALL,
     "qwen3": SMALL | {"head_dim": 32},
