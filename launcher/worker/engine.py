@@ -19,6 +19,13 @@ from launcher.planning.plan import Candidate
 
 Batch = dict[str, Tensor]
 """What `collate` returns: input_ids, labels, and position_ids or attention_mask."""
+Votes = Callable[[], Sequence[int]]
+"""Asked once per step, as late as possible, so that a signal during a long step still counts for it."""
+
+
+def no_votes() -> Sequence[int]:
+    """Nothing to agree on."""
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +66,12 @@ class Engine(Protocol):
         trained_tokens: int,
         learning_rate: float,
         step: int,
-        votes: Sequence[int] = (),
+        votes: Votes = no_votes,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
-        `trained_tokens` counts the whole global batch; `step` is the number of this step, from 1; `votes` are
-        added up over the ranks in the same collective as the loss.
+        `trained_tokens` counts the whole global batch; `step` is the number of this step, from 1; what `votes`
+        returns is added up over the ranks in the same collective as the loss, before the update.
 
         Raises:
             JobFailedError: the loss or the gradient norm is not finite; weights are untouched by the former.

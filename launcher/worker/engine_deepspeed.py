@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from launcher.errors import JobFailedError, RecipeError
 from launcher.planning.plan import Candidate
-from launcher.worker.engine import Batch, StepResult
+from launcher.worker.engine import Batch, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
 
@@ -61,7 +61,7 @@ class DeepSpeedEngine:
         trained_tokens: int,
         learning_rate: float,
         step: int,
-        votes: Sequence[int] = (),
+        votes: Votes = no_votes,
     ) -> StepResult:
         """One optimizer step; see Engine."""
         if len(micro_batches) != self._accumulation:
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
             if number == len(micro_batches):  # before the update: a NaN must not reach the weights
-                summed, *told = sum_over_ranks([float(total), *votes], self._device)
+                summed, *told = sum_over_ranks([float(total), *votes()], self._device)
                 refuse_non_finite("loss", summed / trained_tokens, f"step {step}")
             self._engine.step()
         applied = bool(self._engine.was_step_applied())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.planning.plan import Candidate
-from launcher.worker.engine import Batch, Hooks, StepResult
+from launcher.worker.engine import Batch, Hooks, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
 
@@ -55,7 +55,7 @@ class TorchEngine:
         trained_tokens: int,
         learning_rate: float,
         step: int,
-        votes: Sequence[int] = (),
+        votes: Votes = no_votes,
     ) -> StepResult:
         """One optimizer step; see Engine."""
         set_learning_rate(self._optimizer, learning_rate)
@@ -67,7 +67,7 @@ class TorchEngine:
                 loss = self._loss(self._parallel or self.module, batch)
                 self._scaler.scale(loss * scale).backward()
             total += loss.detach()
-        summed, *told = sum_over_ranks([float(total), *votes], self._device)
+        summed, *told = sum_over_ranks([float(total), *votes()], self._device)
         refuse_non_finite("loss", summed / trained_tokens, f"step {step}")
         grad_norm, applied = self._update(step)
         return StepResult(

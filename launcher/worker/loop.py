@@ -53,7 +53,7 @@ class Trains(Protocol):
         trained_tokens: int,
         learning_rate: float,
         step: int,
-        votes: Sequence[int] = (),
+        votes: Callable[[], Sequence[int]],
     ) -> Any:
         """One optimizer step: loss, grad_norm, votes, applied."""
 
@@ -167,11 +167,12 @@ class Loop:
         batches = [self._batch(self.train, part) for part in self.layout.share(indices)]
         expected = int(self.train.trained_tokens[indices].sum())
         rate = self.learning_rate(step - 1)
-        # Sums over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
-        votes = [self.stop.raised, self._save_due(step), *_count(batches)]
-        result = self.engine.train_step(
-            batches, trained_tokens=expected, learning_rate=rate, step=step, votes=[int(vote) for vote in votes]
-        )
+
+        def votes() -> list[int]:
+            # Summed over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
+            return [int(self.stop.raised), int(self._save_due(step)), *_count(batches)]
+
+        result = self.engine.train_step(batches, trained_tokens=expected, learning_rate=rate, step=step, votes=votes)
         stop, save, tokens, counted = result.votes
         if counted != expected:
             raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")

@@ -60,28 +60,28 @@ def train_here(run_dir: Path, attempt: str = "test.0", stop_after: int | None = 
 
     # DeepSpeed never lets go of an engine, and its model goes on telling transformers that ZeRO-3 is on.
     unset_hf_deepspeed_config()
-    stop = StopFlag() if stop_after is None else StopAfter(run_dir, stop_after)
+    stop = StopFlag() if stop_after is None else StopAfter(stop_after)
     place = place_of(dist.get_rank(), dist.get_world_size(), attempt)
     main.train(RunFolder(run_dir), place, stop, join=lambda *_args, **_named: None)
     return {"stopped": stop.reason}
 
 
 class StopAfter:
-    """A stop signal that arrives on the last rank only, during a given step."""
+    """A stop signal that the last rank alone receives, during its n-th step."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(self, step: int) -> None:
         import torch.distributed as dist
 
-        self._metrics = RunFolder(run_dir).metrics
-        self._step = step
-        self._asked = dist.get_rank() == dist.get_world_size() - 1
+        self._steps_left = step if dist.get_rank() == dist.get_world_size() - 1 else None
         self.reason: str | None = None
 
     @property
     def raised(self) -> bool:
-        """Asked once per step, before it: the metrics of step n-1 are written when step n begins."""
-        if self._asked and len(losses_at(self._metrics)) >= self._step - 1:
-            self.reason = "SIGTERM"
+        """The loop asks once per step."""
+        if self._steps_left is not None:
+            self._steps_left -= 1
+            if self._steps_left <= 0:
+                self.reason = "SIGTERM"
         return self.reason is not None
 
 
