@@ -26,7 +26,7 @@ from launcher.runs.folder import write_json
 COLLECTIVE_TIMEOUT_S = 1800.0
 """How long a collective may wait for its slowest rank."""
 _POLL_S = 0.1
-_CONNECT_S = 20.0
+_CONNECT_S = 5.0
 """One attempt to reach a published address; afterwards the file is read again."""
 
 
