@@ -17,9 +17,9 @@ from launcher.errors import ClusterError
 
 _CATALOGUE = Path(__file__).parent / "catalogue" / "gpus.jsonl"
 GIB = 2**30
-CPU_CORE_FLOPS = 25e9
-"""fp32 FLOP/s that one CPU core sustains in torch training of small models (56e9 measured with AVX2 on a core
-of its own, 12.6 M parameters; halved because ranks share memory bandwidth and machines share cores)."""
+CPU_CORE_FLOPS = 40e9
+"""fp32 FLOP/s that one CPU core sustains in torch training of small models. Measured with AVX2 and 12-16 M parameters:
+85e9 per second of one core's time with one thread, 56e9 with two threads on two cores, less where others share them."""
 _GENERIC = {"a100": "A100-80GB", "h100": "H100-80GB", "v100": "V100-16GB", "4090": "RTX-4090", "3090": "RTX-3090"}
 
 
