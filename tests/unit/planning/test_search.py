@@ -129,6 +129,17 @@ def test_the_fewest_gpus_that_fit_are_taken():
     assert (large.nodes, large.gpus_per_node, large.offload_optimizer) == (4, 8, "none")
 
 
+@pytest.mark.parametrize("micro", [1, 4, 16])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_batch_arithmetic_holds_in_every_estimate(micro, method):
+    """With the micro-batch given, only layouts are taken whose ranks it multiplies up with."""
+    train = TrainSection(global_batch_size=64, per_device_train_batch_size=micro)
+    plan = plan_of(a_recipe(LLAMA_8B, method, train=train))
+    for each in (plan.chosen, *plan.alternatives):
+        assert each.candidate.global_batch == 64
+    assert plan.chosen.candidate.micro_batch == micro
+
+
 @pytest.mark.parametrize(
     ("gpu", "precision"), [("A100-80GB", "bf16"), ("V100-32GB", "fp16"), ("T4", "fp16"), ("cpu", "fp32")]
 )
