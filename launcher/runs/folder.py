@@ -157,6 +157,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def errors(self) -> Path:
+        """Holds rank-N.json of ranks that failed."""
+        return self.path / "errors"
+
+    @property
     def rendezvous(self) -> Path:
         """Address files of attempts."""
         return self.path / "rendezvous"

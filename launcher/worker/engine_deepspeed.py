@@ -39,7 +39,7 @@ class DeepSpeedEngine:
     ) -> None:
         import deepspeed
 
-        _check(candidate, ds_config)
+        check_config(candidate, ds_config)
         prepare_deepspeed()
         self.module = model
         self._device = device
@@ -175,7 +175,7 @@ def _owner(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _check(candidate: Candidate, ds_config: Mapping[str, Any]) -> None:
+def check_config(candidate: Candidate, ds_config: Mapping[str, Any]) -> None:
     """Refuse a configuration that would train something else than the plan says.
 
     Raises:

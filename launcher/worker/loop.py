@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,10 +107,10 @@ class Memory:
     """Time inside training steps, over all attempts."""
     first_loss: float | None = None
     last_loss: float | None = None
-    loss_before: float | None = None
-    """Validation loss of the untrained model."""
-    loss_after: float | None = None
-    """Newest validation loss."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Loss of the untrained model on each held-out table (validation, retention)."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Newest loss on each held-out table."""
     evaluated_step: int = -1
     """Step of the newest evaluation."""
 
@@ -121,7 +121,8 @@ class Loop:
 
     engine: Trains
     train: Rows
-    validation: Rows | None
+    held_out: Mapping[str, Rows]
+    """Tables that are evaluated and never trained, by name."""
     order: Order
     layout: Layout
     rhythm: Rhythm
@@ -223,17 +224,18 @@ class Loop:
     # --- between steps -------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Validation loss now; remembered as before and after."""
-        if self.validation is None or len(self.validation) == 0:
+        """Losses on the held-out tables now; remembered as before and after."""
+        memory = self.memory
+        memory.evaluated_step = memory.step
+        if not self.held_out:
             return
         self._in_state("evaluating")
-        loss = self.evaluate(self.validation)
-        self.memory.loss_after = loss
-        if self.memory.step == 0:
-            self.memory.loss_before = loss
-        self.memory.evaluated_step = self.memory.step
-        self.tracker.log(self.memory.step, validation_loss=loss)
-        self.progress.line(f"step {self.memory.step}/{self.rhythm.total_steps}  validation loss {loss:.4f}")
+        memory.after = {name: self.evaluate(rows) for name, rows in self.held_out.items()}
+        if memory.step == 0:
+            memory.before = dict(memory.after)
+        self.tracker.log(memory.step, **{f"{name}_loss": loss for name, loss in memory.after.items()})
+        told = "  ".join(f"{name} loss {loss:.4f}" for name, loss in memory.after.items())
+        self.progress.line(f"step {memory.step}/{self.rhythm.total_steps}  {told}")
         self._in_state("training")
 
     def evaluate(self, rows: Rows) -> float:

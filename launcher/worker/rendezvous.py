@@ -1,8 +1,8 @@
-"""Place and join: which rank this is, and how the ranks of one attempt find each other.
+"""Join: how the ranks of one attempt find each other, and nobody else.
 
-The rank comes from the scheduler's environment. The address comes from rank 0, which opens a port the
-kernel chose (so it is really free) and publishes it, with a random token, in a file named after the attempt:
-ranks of an earlier attempt that are still alive on a lost node look for another file and cannot get in.
+The address comes from rank 0, which opens a port the kernel chose (so it is really free) and publishes it, with
+a random token, in a file named after the attempt: ranks of an earlier attempt that are still alive on a lost
+node look for another file and cannot get in.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError
 from launcher.runs.folder import write_json
+from launcher.worker.place import Place
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """How long a collective may wait for its slowest rank."""
@@ -29,153 +28,6 @@ _POLL_S = 0.1
 _CONNECT_S = 5.0
 """One attempt to reach a published address; afterwards the file is read again."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where this process stands among the ranks of one attempt."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    """Rank within the node; also the number of its GPU."""
-    local_world_size: int
-    """Ranks on this node."""
-    node_rank: int
-    nodes: int
-    host: str
-    job_id: str
-    attempt: str
-    """Job id and restart count: names this start of the job and no other."""
-
-
-# --- which rank --------------------------------------------------------------------------------
-
-
-def place_from_environment(environ: Mapping[str, str]) -> Place:
-    """Read this process's place from what started it: submitit here, Slurm, anything that sets RANK, or nothing.
-
-    A local job started inside an allocation carries Slurm's variables too, so submitit's own word goes first.
-
-    Raises:
-        ClusterError: variables are missing, not numbers, or contradict each other.
-    """
-    if environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environ:
-        return _checked(_submitit_local(environ), environ)
-    if "SLURM_PROCID" in environ and "SLURM_JOB_ID" in environ:
-        return _checked(_slurm(environ), environ)
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _checked(_torchrun(environ), environ)
-    return Place(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        nodes=1,
-        host=socket.gethostname(),
-        job_id=f"local-{os.getpid()}",
-        attempt=f"local-{os.getpid()}.0",
-    )
-
-
-def _slurm(environ: Mapping[str, str]) -> Place:
-    node = _number(environ, "SLURM_NODEID", 0)
-    world = _number(environ, "SLURM_NTASKS", 1)
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    per_node = tasks_per_node(tasks)
-    if node >= len(per_node) or sum(per_node) != world:
-        raise ClusterError(
-            f"Slurm's variables contradict each other: SLURM_NTASKS={world}, but {tasks!r} tasks per node "
-            f"(node {node} of {len(per_node)}, {sum(per_node)} tasks in all); start ranks with srun"
-        )
-    job_id = environ["SLURM_JOB_ID"]
-    return Place(
-        rank=_number(environ, "SLURM_PROCID"),
-        world_size=world,
-        local_rank=_number(environ, "SLURM_LOCALID"),
-        local_world_size=per_node[node],
-        node_rank=node,
-        nodes=len(per_node),
-        host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        job_id=job_id,
-        attempt=f"{job_id}.{_number(environ, 'SLURM_RESTART_COUNT', 0)}",
-    )
-
-
-def _submitit_local(environ: Mapping[str, str]) -> Place:
-    world = _number(environ, "SUBMITIT_LOCAL_NTASKS")
-    job_id = environ.get("SUBMITIT_LOCAL_JOB_ID", "local")
-    return Place(
-        rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
-        world_size=world,
-        local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID"),
-        local_world_size=world,
-        node_rank=0,
-        nodes=1,
-        host=socket.gethostname(),
-        job_id=job_id,
-        attempt=f"{job_id}.0",
-    )
-
-
-def _torchrun(environ: Mapping[str, str]) -> Place:
-    world = _number(environ, "WORLD_SIZE")
-    local_world = _number(environ, "LOCAL_WORLD_SIZE", world)
-    rank = _number(environ, "RANK")
-    job_id = environ.get("TORCHELASTIC_RUN_ID") or f"local-{environ.get('MASTER_PORT', '0')}"
-    return Place(
-        rank=rank,
-        world_size=world,
-        local_rank=_number(environ, "LOCAL_RANK", rank % local_world),
-        local_world_size=local_world,
-        node_rank=_number(environ, "GROUP_RANK", rank // local_world),
-        nodes=-(-world // local_world),
-        host=socket.gethostname(),
-        job_id=re.sub(r"[^A-Za-z0-9._-]", "-", job_id),
-        attempt=re.sub(r"[^A-Za-z0-9._-]", "-", f"{job_id}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"),
-    )
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """Expand Slurm's SLURM_TASKS_PER_NODE: "2(x3),1" -> [2, 2, 2, 1].
-
-    Raises:
-        ClusterError: not of that form.
-    """
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip())
-        if not match:
-            raise ClusterError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
-
-
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text.isdigit():
-        raise ClusterError(f"{name}={text!r} is not a rank number; start ranks with srun or `launcher submit`")
-    return int(text)
-
-
-def _checked(place: Place, environ: Mapping[str, str]) -> Place:
-    """Refuse impossible numbers, and RANK or WORLD_SIZE that say something else than the scheduler."""
-    problems = []
-    if not 0 <= place.rank < place.world_size:
-        problems.append(f"rank {place.rank} of {place.world_size} ranks cannot be")
-    if not 0 <= place.local_rank < place.local_world_size:
-        problems.append(f"local rank {place.local_rank} of {place.local_world_size} on this node cannot be")
-    for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.world_size)):
-        if environ.get(name, str(value)) != str(value):
-            problems.append(f"{name}={environ[name]} contradicts the scheduler, which says {value}; unset {name}")
-    if problems:
-        raise ClusterError(*problems)
-    return place
-
-
-# --- how they meet -----------------------------------------------------------------------------
 
 _store: Any = None
 """The attempt's key-value store while joined; the ranks also wait for each other through it."""

@@ -116,7 +116,7 @@ def _serve(rank: int, world: int, folder: Path, pipe: Any) -> None:
 
 def place_of(rank: int, world: int, attempt: str = "test.0") -> Any:
     """Place of a rank on this one machine."""
-    from launcher.worker.rendezvous import Place
+    from launcher.worker.place import Place
 
     return Place(
         rank=rank,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launcher.planning.deepspeed_config import deepspeed_config
 from launcher.planning.plan import (
     Candidate,
     Cost,
@@ -45,7 +46,7 @@ def make_run(recipe: Recipe, candidate: Candidate) -> RunFolder:
     run.resolved.write_text(recipe_to_yaml(resolved), encoding="utf-8")
     write_json(run.plan, plan_to_json(_plan(resolved, candidate)))
     if candidate.zero_stage:
-        write_json(run.ds_config, _deepspeed_config(candidate))
+        write_json(run.ds_config, deepspeed_config(candidate))
     return run
 
 
@@ -159,37 +160,3 @@ def _plan(recipe: Recipe, candidate: Candidate) -> Plan:
         job=JobShape(time_limit_min=10, cpus_per_task=1, mem=None),
         site="local",
     )
-
-
-def _deepspeed_config(c: Candidate) -> dict[str, Any]:
-    zero = {
-        "stage": c.zero_stage,
-        "overlap_comm": False,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": c.buckets.reduce_elements,
-        "allgather_bucket_size": c.buckets.allgather_elements,
-    }
-    if c.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": c.offload_optimizer, "pin_memory": False}
-    if c.offload_param != "none":
-        zero["offload_param"] = {"device": c.offload_param, "pin_memory": False}
-    if c.zero_stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": c.buckets.prefetch_elements,
-            "stage3_param_persistence_threshold": c.buckets.persistence_elements,
-            "stage3_max_live_parameters": c.buckets.max_live_elements,
-            "stage3_max_reuse_distance": c.buckets.max_reuse_elements,
-            "sub_group_size": c.buckets.sub_group_elements,
-        }
-    return {
-        "train_batch_size": c.global_batch,
-        "train_micro_batch_size_per_gpu": c.micro_batch,
-        "gradient_accumulation_steps": c.gradient_accumulation,
-        "gradient_clipping": c.max_grad_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": c.precision == "bf16"},
-        "fp16": {"enabled": c.precision == "fp16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }

@@ -13,7 +13,7 @@ import pytest
 from launcher.errors import ClusterError
 from launcher.runs.folder import write_json
 from launcher.worker import rendezvous
-from launcher.worker.rendezvous import place_from_environment, tasks_per_node
+from launcher.worker.place import place_from_environment, tasks_per_node
 from tests.train.ranks import Ranks, place_of
 
 SLURM = {

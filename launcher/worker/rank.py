@@ -1,0 +1,209 @@
+"""Rank: the parts of the worker put together, from a joined process group to a checkpoint or a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from launcher.errors import ClusterError
+from launcher.planning.plan import Candidate
+from launcher.recipe.schema import Recipe
+from launcher.runs.folder import RunFolder
+from launcher.worker import model as models
+from launcher.worker.checkpoint import Checkpoints, Identity
+from launcher.worker.data import Order, collate, needs_flat
+from launcher.worker.engine import Engine, Hooks, make_engine
+from launcher.worker.finish import Finish
+from launcher.worker.loop import Layout, Loop, Memory, Rhythm
+from launcher.worker.place import Place
+from launcher.worker.progress import Progress
+from launcher.worker.schedule import learning_rates, total_steps
+from launcher.worker.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from launcher.worker.data import TokenCache
+    from launcher.worker.tracking import Tracker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """What is fixed while one rank works."""
+
+    folder: RunFolder
+    place: Place
+    recipe: Recipe
+    candidate: Candidate
+    tokenizer: Any
+    tokens: TokenCache
+    tracker: Tracker
+    progress: Progress
+    stop: StopFlag
+    started_s: float
+    """time.monotonic() when this process began."""
+
+    def work(self) -> None:
+        """Build, resume, train, and leave a checkpoint (stopped) or an artifact and result.json (completed)."""
+        self._note_hosts()
+        device = torch.device(_device(self.candidate, self.place))
+        order, steps = self._order()
+        engine = self._engine(device, steps)
+        checkpoints = self._checkpoints()
+        loop = self._loop(engine, checkpoints, order, device, steps)
+        self._resume(loop, engine, checkpoints)
+        reason = loop.run()
+        if reason is not None:
+            self._stopped(reason, loop.memory.step)
+            return
+        finish = Finish(
+            folder=self.folder,
+            place=self.place,
+            recipe=self.recipe,
+            candidate=self.candidate,
+            tokenizer=self.tokenizer,
+            tokens=self.tokens,
+            progress=self.progress,
+            collate=loop.collate,
+            started_s=self.started_s,
+        )
+        finish.work(loop, engine)
+
+    # --- putting together ----------------------------------------------------------------------
+
+    def _order(self) -> tuple[Order, int]:
+        """Which rows each step trains, and how many steps there are."""
+        train = self.recipe.train
+        order = Order(rows=len(self.tokens.train), global_batch=self.candidate.global_batch, seed=train.seed)
+        return order, total_steps(train.max_steps, train.num_train_epochs, order.steps_per_epoch)
+
+    def _engine(self, device: torch.device, steps: int) -> Engine:
+        ds_config = None
+        if self.candidate.zero_stage > 0:
+            from launcher.worker.engine_deepspeed import prepare_deepspeed
+
+            ds_config = json.loads(self.folder.ds_config.read_text(encoding="utf-8"))
+            prepare_deepspeed()
+        _seed(self.recipe.train.seed)  # the same adapter on every rank, and in every attempt
+        model = models.build_model(
+            self.recipe, self.candidate, device=str(device), ds_config=ds_config, total_steps=steps
+        )
+        _seed(self.recipe.train.seed + 1 + self.place.rank)  # but not the same dropout
+        hooks = Hooks(before_clipping=models.adalora_regularize, after_step=models.adalora_after_step)
+        return make_engine(model, self.candidate, device=device, ds_config=ds_config, hooks=hooks)
+
+    def _checkpoints(self) -> Checkpoints:
+        identity = Identity(
+            run_id=self.folder.run_id,
+            attempt=self.place.attempt,
+            world_size=self.place.world_size,
+            zero_stage=self.candidate.zero_stage,
+            method=self.candidate.method,
+        )
+        return Checkpoints(self.folder.checkpoints, identity, keep=self.recipe.checkpoint.save_total_limit)
+
+    def _loop(self, engine: Engine, checkpoints: Checkpoints, order: Order, device: torch.device, steps: int) -> Loop:
+        candidate = self.candidate
+
+        def save(memory: Memory) -> Path:
+            state = {"memory": dataclasses.asdict(memory), "adalora": models.adalora_state(engine.module)}
+            return checkpoints.save(memory.step, engine, state)
+
+        tables = {"validation": self.tokens.validation, "retention": self.tokens.retention}
+        return Loop(
+            engine=engine,
+            train=self.tokens.train,
+            held_out={name: table for name, table in tables.items() if table is not None and len(table)},
+            order=order,
+            layout=Layout(
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+                micro_batch=candidate.micro_batch,
+                accumulation=candidate.gradient_accumulation,
+            ),
+            rhythm=self._rhythm(steps),
+            device=device,
+            collate=self._collate(),
+            learning_rate=learning_rates(
+                candidate.lr_scheduler_type, candidate.learning_rate, candidate.warmup_ratio, steps
+            ),
+            save=save,
+            tracker=self.tracker,
+            progress=self.progress,
+            stop=self.stop,
+        )
+
+    def _rhythm(self, steps: int) -> Rhythm:
+        train, saving = self.recipe.train, self.recipe.checkpoint
+        return Rhythm(
+            total_steps=steps,
+            logging_steps=train.logging_steps,
+            eval_steps=train.eval_steps if isinstance(train.eval_steps, int) else None,
+            save_steps=saving.save_steps,
+            save_s=None if saving.save_minutes is None else saving.save_minutes * 60.0,
+        )
+
+    def _collate(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+        flat = self.candidate.packing and needs_flat(self.candidate.attn_implementation)
+        return partial(collate, pad_token_id=int(self.tokenizer.pad_token_id), flat=flat)
+
+    # --- starting and stopping -----------------------------------------------------------------
+
+    def _resume(self, loop: Loop, engine: Engine, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint that verifies, if the run ever finished one."""
+        path = checkpoints.newest()
+        for notice in checkpoints.notices:
+            self.progress.say(f"warning: {notice}")
+        if path is None:
+            return
+        state = checkpoints.load(path, engine)
+        models.load_adalora_state(engine.module, state["adalora"])
+        loop.memory = Memory(**state["memory"])
+        self.progress.say(f"resumed after step {loop.memory.step} from {path.name}")
+        if self.place.rank == 0:
+            self.folder.record("resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name)
+
+    def _note_hosts(self) -> None:
+        """Which machines take part is known once they have met."""
+        hosts: list[Any] = [None] * self.place.world_size
+        dist.all_gather_object(hosts, self.place.host)
+        if self.place.rank == 0:
+            self.folder.record("joined", **self.place.names, hosts=list(dict.fromkeys(hosts)))
+
+    def _stopped(self, reason: str, step: int) -> None:
+        """The ranks agreed to stop and the checkpoint is written; whether the job comes back is not decided here."""
+        self.progress.say(f"stopped after step {step} ({reason}); a checkpoint is there")
+        if self.place.rank == 0:
+            self.folder.record("stopped", **self.place.names, reason=reason, step=step)
+
+
+def _device(candidate: Candidate, place: Place) -> str:
+    """This rank's device; all GPUs of the node are visible and the local rank chooses.
+
+    Raises:
+        ClusterError: there is no GPU of that number.
+    """
+    if candidate.device != "cuda":
+        return "cpu"
+    if torch.cuda.device_count() <= place.local_rank:
+        raise ClusterError(
+            f"local rank {place.local_rank} on {place.host} sees {torch.cuda.device_count()} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); "
+            "request GPUs per node, not per task"
+        )
+    torch.cuda.set_device(place.local_rank)
+    return f"cuda:{place.local_rank}"
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
