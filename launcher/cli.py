@@ -326,5 +326,24 @@ def wait(run: str, timeout_s: float | None, as_json: bool, parent: Path | None) 
         click.echo(state.sentence)
 
 
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl...")
+@click.option("--markdown", is_flag=True, help="Print the error tables as Markdown.")
+@_json_flag
+def score(paths: tuple[Path, ...], markdown: bool, as_json: bool) -> None:
+    """Compare predictions with measured runs: published rows, one JSON object a line."""
+    from launcher.planning.published import read_published
+    from launcher.planning.score import score as score_rows
+    from launcher.planning.score import summary
+
+    scored = summary(score_rows([row for path in paths for row in read_published(path)]))
+    if as_json:
+        _print_json(scored)
+        return
+    from launcher.report.score import print_score
+
+    print_score(scored, markdown=markdown, files=[str(path) for path in paths])
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,248 @@
+"""Published: one measured run of any training stack, as what the planner's formulas need to predict it.
+
+A row has the form of `benchmarks/published_runs.jsonl`: `id`, `model`, `setup` (what was run) and `measured`. Nothing
+here looks at a measured number to make a prediction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import DataError, LauncherError
+from launcher.facts.gpu import gpu
+from launcher.facts.model import model_shape
+from launcher.facts.shape import ModelShape
+from launcher.facts.site import Site
+from launcher.planning.candidates import buckets
+from launcher.planning.plan import Candidate, LoraNumbers, QuantNumbers
+from launcher.planning.stack import StackProfile, stack_of
+from launcher.planning.trainable import lora_params
+from launcher.recipe.schema import ModelSection
+
+_STAGES = {
+    "none": 0, "ddp": 0, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3,
+    "fsdp": 3, "fsdp2": 3, "hsdp": 3, "fsdp-full": 3, "fsdp-grad-op": 2,
+}  # fmt: skip
+"""What is partitioned, in ZeRO's terms: optimizer (1), gradients (2), weights (3)."""
+_METHODS = {"full": "full", "sft": "full", "lora": "lora", "qlora": "qlora", "dora": "dora"}
+_ATTENTION = {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_ASSUMED_GPU = "A100-80GB"
+"""Where the row does not name a card: bytes do not depend on it; whether they fit is then not asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a run showed, per GPU."""
+
+    outcome: str
+    """ok | oom | max-fit."""
+    kind: str | None
+    """allocated | reserved | nvidia-smi | unknown; None where no memory was read."""
+    memory_gib: float | None
+    device_gib: float | None
+    """nvidia-smi's reading beside another kind."""
+    tokens_per_s_per_gpu: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One published run, ready for the formulas."""
+
+    model: ModelShape
+    candidate: Candidate
+    site: Site
+    stack: StackProfile
+    knows_gpu: bool
+    """Whether the row names a catalogued GPU; fit and speed are asked only then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """One row: what was measured, and the run or why it cannot be predicted."""
+
+    id: str
+    complete: bool
+    measured: Measured
+    run: Run | None
+    skipped: str | None
+
+
+def read_published(path: Path) -> list[Published]:
+    """Read a file of rows.
+
+    Raises:
+        DataError: unreadable, or lines that are no JSON objects with `id`, `model`, `setup` and `measured`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    problems, rows = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(published(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{path}:{number}: not a row of published runs: {type(error).__name__} {error}")
+    if problems:
+        raise DataError(*problems)
+    return rows
+
+
+def published(row: Mapping[str, Any]) -> Published:
+    """Read one row; what cannot be predicted says why."""
+    setup = row["setup"]
+    run, skipped = None, _missing(row["model"], setup)
+    if skipped is None:
+        try:
+            run = _run(str(row["model"]), setup)
+        except (LauncherError, _UnknownError) as error:
+            skipped = str(error)
+    return Published(
+        id=str(row["id"]),
+        complete=bool(row.get("complete", True)),
+        measured=_measured(row["measured"]),
+        run=run,
+        skipped=skipped,
+    )
+
+
+class _UnknownError(Exception):
+    """A value that the formulas do not know."""
+
+
+def _measured(measured: Mapping[str, Any]) -> Measured:
+    memory = measured.get("memory_gib")
+    device = measured.get("nvidia_smi_gib")
+    kind = measured.get("memory_kind") if memory is not None else None
+    if kind is None and memory is None and device is not None and measured.get("outcome") == "ok":
+        kind, memory = "nvidia-smi", device
+    return Measured(
+        outcome=str(measured.get("outcome") or "ok"),
+        kind=(kind or "unknown") if memory is not None else None,
+        memory_gib=memory,
+        device_gib=device,
+        tokens_per_s_per_gpu=measured.get("tokens_per_s_per_gpu"),
+    )
+
+
+def _missing(model: Any, setup: Mapping[str, Any]) -> str | None:
+    """Which field must be known and is not: nothing is guessed that the answer hangs on."""
+    needed = ["method", "micro_batch", "seq_len", "gpus"]
+    if setup.get("method") in ("lora", "qlora", "dora"):
+        needed += ["lora_r", "lora_targets"]
+    absent = [] if model else ["model"]
+    absent += [f"setup.{key}" for key in needed if setup.get(key) in (None, "", [])]
+    return f"missing: {', '.join(absent)}" if absent else None
+
+
+def _run(model_name: str, setup: Mapping[str, Any]) -> Run:
+    model = model_shape(ModelSection(name_or_path=model_name))
+    card, knows = _gpu_name(setup.get("gpu"))
+    nodes = int(setup.get("nodes") or 1)
+    per_node = max(1, int(setup["gpus"]) // nodes)
+    candidate = _candidate(model, setup, card, nodes, per_node)
+    site = Site(
+        name="published",
+        executor="slurm",
+        gpu=card,
+        gpus_per_node=per_node,
+        max_nodes=nodes,
+        cpus_per_node=16 * per_node,
+        mem_bytes_per_node=1 << 41,
+    )
+    return Run(model=model, candidate=candidate, site=site, stack=stack_of(setup), knows_gpu=knows)
+
+
+def _gpu_name(name: Any) -> tuple[str, bool]:
+    try:
+        return gpu(str(name)).name, True
+    except LauncherError:
+        return _ASSUMED_GPU, False
+
+
+def _candidate(model: ModelShape, setup: Mapping[str, Any], card: str, nodes: int, per_node: int) -> Candidate:
+    method = _known(setup, "method", _METHODS)
+    offload = setup.get("offload") or []
+    return Candidate(
+        method=method,
+        gpu=card,
+        device="cuda",
+        nodes=nodes,
+        gpus_per_node=per_node,
+        zero_stage=_known(setup, "sharding", _STAGES, default="none"),
+        offload_optimizer="cpu" if "optimizer" in offload else "none",
+        offload_param="cpu" if {"params", "parameters", "param"} & set(offload) else "none",
+        nvme_path=None,
+        micro_batch=int(setup["micro_batch"]),
+        gradient_accumulation=int(setup.get("gradient_accumulation") or 1),
+        gradient_checkpointing=setup.get("gradient_checkpointing") in (True, "selective"),
+        checkpointing_reentrant=False,
+        precision="fp32" if setup.get("weights_dtype") == "fp32" and not setup.get("autocast") else "bf16",
+        attn_implementation=_known(setup, "attention", _ATTENTION, default="sdpa"),
+        seq_len=int(setup["seq_len"]),
+        packing=False,
+        optim=str(setup.get("optimizer") or "adamw"),
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lora=None if method == "full" else _lora(model, setup, dora=method == "dora"),
+        num_virtual_tokens=None,
+        quant=_quant() if setup.get("quantization") else None,
+        buckets=buckets(model),
+    )
+
+
+def _known(setup: Mapping[str, Any], key: str, values: Mapping[str, Any], default: str = "") -> Any:
+    value = setup.get(key) or default
+    if value not in values:
+        raise _UnknownError(f"setup.{key} is {value!r}; known: {', '.join(values)}")
+    return values[value]
+
+
+def _lora(model: ModelShape, setup: Mapping[str, Any], *, dora: bool) -> LoraNumbers:
+    lora = LoraNumbers(
+        r=int(setup["lora_r"]),
+        lora_alpha=float(setup["lora_r"]),
+        lora_dropout=float(setup.get("lora_dropout") or 0.0),
+        target_modules=_targets(model, setup["lora_targets"]),
+        use_rslora=False,
+        use_dora=dora,
+    )
+    lora_params(model, lora)
+    return lora
+
+
+def _targets(model: ModelShape, targets: str | list[str]) -> str | tuple[str, ...]:
+    """Targets as this model names them: rows say q_proj also where a model fuses its projections."""
+    if isinstance(targets, str):
+        return targets
+    names = [linear.name for linear in model.linears]
+    if any(target in names for target in targets):
+        return tuple(targets)
+    attention, mlp = (
+        [linear.name for linear in model.linears if ("mlp" in linear.block or "ffn" in linear.block) == is_mlp]
+        for is_mlp in (False, True)
+    )
+    wanted: list[str] = []
+    for target in targets:
+        if target in _PROJECTIONS:
+            wanted.append(attention[-1] if target == "o_proj" else attention[0])
+        elif target in _MLP_PROJECTIONS and mlp:
+            wanted.append(mlp[-1] if target == "down_proj" else mlp[0])
+        else:
+            wanted.append(target)
+    return tuple(dict.fromkeys(wanted))
+
+
+def _quant() -> QuantNumbers:
+    return QuantNumbers(quant_type="nf4", double_quant=True, compute_dtype="bf16", storage_dtype="uint8")
