@@ -7,6 +7,7 @@ estimated from characters. Data-set ids that are not on this machine come from a
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from launcher.errors import DataError, ModelError, raise_all
 from launcher.facts.files import is_dataset_id
 from launcher.facts.formats import Example, read_examples
+from launcher.facts.lengths import Bin, Weighted, histogram, quantile, standard_error
 from launcher.facts.split import held_out_rows
 from launcher.facts.token_count import Length, TokenCounter
 from launcher.recipe.schema import DataSection, DataSource
@@ -24,8 +26,8 @@ BASES = ("counted", "sampled", "characters", "hint", "assumed")
 SAMPLE_ROWS = 2000
 ASSUMED_ROWS = 10_000
 ASSUMED_MEAN_TOKENS = 512
-NOTICED_TRUNCATION = 0.1
-"""Share of rows over max_seq_length from which a notice is due."""
+COMPARED_ROWS = 200_000
+"""Rows of one source among which repeated ones are looked for: a few dozen megabytes of hashes."""
 _HINTS = Path(__file__).parent / "catalogue" / "datasets.yaml"
 
 
@@ -50,6 +52,15 @@ class DatasetFacts:
     validation_rows: int = 0
     notices: tuple[str, ...] = ()
     """Assumptions and oddities, one sentence each."""
+    p50_tokens: int | None = None
+    """Half of the rows are at most this long, before truncation; None where no row was looked at."""
+    p95_tokens: int | None = None
+    histogram: tuple[Bin, ...] = ()
+    """Rows by length before truncation; empty where no row was looked at."""
+    sampling_error: float = 0.0
+    """Half the 95 % interval of `tokens` that comes from sampling, as a share of it; 0 where all rows were counted."""
+    repeated_share: float = 0.0
+    """Share of rows that are equal to an earlier one of the same source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +75,11 @@ class SourceFacts:
     trained_share: float | None = None
     truncated_share: float = 0.0
     notice: str | None = None
+    lengths: tuple[int, ...] = ()
+    """Tokens of the rows looked at, before truncation."""
+    mean_error: float = 0.0
+    """Standard error of `mean_kept`, in tokens."""
+    repeated_share: float = 0.0
 
 
 def dataset_facts(data: DataSection, tokenizer_dir: Path | None) -> DatasetFacts:
@@ -91,10 +107,8 @@ def _combine(
     tokens = round(sum(n * source.mean_kept for n, source in zip(used, train, strict=True)))
     known = all(source.trained_share is not None for source in train)
     trained = sum(n * s.mean_kept * (s.trained_share or 0.0) for n, s in zip(used, train, strict=True))
-    truncated = sum(n * s.truncated_share for n, s in zip(used, train, strict=True)) / rows
-    notices = [source.notice for source in train if source.notice]
-    if truncated > NOTICED_TRUNCATION:
-        notices.append(f"{truncated:.0%} of the rows are longer than data.max_seq_length {data.max_seq_length}")
+    error = math.sqrt(sum((n * s.mean_error) ** 2 for n, s in zip(used, train, strict=True)))
+    lengths = _weighted_lengths(used, train)
     return DatasetFacts(
         rows=max(1, round(sum(n * s.pieces_per_row for n, s in zip(used, train, strict=True)))),
         tokens=tokens,
@@ -102,10 +116,22 @@ def _combine(
         max_tokens=max(source.max_tokens for source in train),
         mean_tokens=tokens / rows,
         trained_share=trained / tokens if known and tokens else None,
-        truncated_share=truncated,
+        truncated_share=sum(n * s.truncated_share for n, s in zip(used, train, strict=True)) / rows,
         validation_rows=validation_rows,
-        notices=tuple(notices),
+        notices=tuple(source.notice for source in train if source.notice),
+        p50_tokens=quantile(lengths, 0.5),
+        p95_tokens=quantile(lengths, 0.95),
+        histogram=histogram(lengths),
+        sampling_error=1.96 * error / tokens if tokens else 0.0,
+        repeated_share=sum(n * s.repeated_share for n, s in zip(used, train, strict=True)) / rows,
     )
+
+
+def _weighted_lengths(used: Sequence[float], train: Sequence[SourceFacts]) -> list[Weighted]:
+    """(tokens, rows it stands for) of every row looked at; none where one source was not looked at."""
+    if not all(source.lengths for source in train):
+        return []
+    return [(length, n / len(s.lengths)) for n, s in zip(used, train, strict=True) for length in s.lengths]
 
 
 def _all_sources(sources: Sequence[DataSource], counter: TokenCounter, limit: int) -> list[SourceFacts]:
@@ -125,16 +151,22 @@ def _all_sources(sources: Sequence[DataSource], counter: TokenCounter, limit: in
 
 
 def _local(source: DataSource, counter: TokenCounter) -> SourceFacts:
-    rows = 0
-    sample = _Sample()
+    rows = repeated = 0
+    sample, seen = _Sample(), set[int]()
     for located, example in read_examples(source):
         rows += 1
         counter.check(located.where, example)
         sample.offer(located.where, example)
-    return _from_lengths(rows, counter.lengths(sample.kept), counter)
+        if rows <= COMPARED_ROWS:
+            # Equal rows have equal words; 64 bits of hash confuse two of 200,000 others once in a billion files.
+            mark = hash(repr(example))
+            repeated += mark in seen
+            seen.add(mark)
+    repeated_share = repeated / max(1, min(rows, COMPARED_ROWS))
+    return _from_lengths(rows, counter.lengths(sample.kept), counter, repeated_share)
 
 
-def _from_lengths(rows: int, lengths: Sequence[Length], counter: TokenCounter) -> SourceFacts:
+def _from_lengths(rows: int, lengths: Sequence[Length], counter: TokenCounter, repeated_share: float) -> SourceFacts:
     looked_at = len(lengths)
     kept = sum(length.kept for length in lengths)
     counted = "counted" if looked_at == rows else "sampled"
@@ -146,6 +178,9 @@ def _from_lengths(rows: int, lengths: Sequence[Length], counter: TokenCounter) -
         pieces_per_row=sum(length.pieces for length in lengths) / looked_at,
         trained_share=sum(length.trained for length in lengths) / kept if kept else 0.0,
         truncated_share=sum(length.tokens > length.kept for length in lengths) / looked_at,
+        lengths=tuple(length.tokens for length in lengths),
+        mean_error=standard_error([length.kept for length in lengths], rows),
+        repeated_share=repeated_share,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.errors import ConflictError
+from launcher.facts.lengths import Bin
 
 SCHEMA = 1
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -157,6 +158,15 @@ class Estimate:
     gpu_hours: float
     cost: Cost
     rejected_because: str | None
+    would_fit: str | None = None
+    """For a rejected one: the smallest change that would make it fit, such as "slurm.nodes: 4"."""
+    start_s: float | None = None
+    """Seconds in the queue before it would start, by Slurm's own word; None where Slurm was not asked."""
+
+    @property
+    def result_s(self) -> float:
+        """Seconds from now to the end of the run: the wait in the queue, where known, and the run."""
+        return (self.start_s or 0.0) + self.wall_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +197,24 @@ class DataNumbers:
     """Tokens of one epoch, before packing or padding."""
     basis: str
     """How tokens were found: counted | sampled | characters | hint | assumed."""
+    sampling_error: float = 0.0
+    """Half the 95 % interval of `tokens` that comes from sampling, as a share; 0 where every row was counted."""
+    mean_tokens: float | None = None
+    """Per row, after truncation."""
+    p50_tokens: int | None = None
+    """Median row, before truncation; None where no row was looked at."""
+    p95_tokens: int | None = None
+    max_tokens: int | None = None
+    """Longest row looked at, before truncation."""
+    histogram: tuple[Bin, ...] = ()
+    """Rows by length before truncation, in bins that double."""
+    truncated_share: float = 0.0
+    """Rows longer than max_seq_length."""
+    trained_share: float | None = None
+    """Tokens that the loss looks at; None when unknown."""
+    repeated_share: float = 0.0
+    """Rows equal to an earlier one."""
+    validation_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +255,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "alternatives": [_estimate_to_json(estimate) for estimate in plan.alternatives],
         "advice": [asdict(advice) for advice in plan.advice],
         "warnings": [asdict(warning) for warning in plan.warnings],
-        "data": asdict(plan.data),
+        "data": {**asdict(plan.data), "histogram": [asdict(entry) for entry in plan.data.histogram]},
         "job": asdict(plan.job),
         "site": plan.site,
     }
@@ -260,10 +288,14 @@ def plan_from_json(doc: Mapping[str, Any]) -> Plan:
         alternatives=tuple(_estimate_from_json(entry) for entry in doc["alternatives"]),
         advice=tuple(Advice(**entry) for entry in doc["advice"]),
         warnings=tuple(Warning_(**entry) for entry in doc["warnings"]),
-        data=DataNumbers(**doc["data"]),
+        data=_data_from_json(doc["data"]),
         job=JobShape(**doc["job"]),
         site=doc["site"],
     )
+
+
+def _data_from_json(doc: Mapping[str, Any]) -> DataNumbers:
+    return DataNumbers(**{**doc, "histogram": tuple(Bin(**entry) for entry in doc.get("histogram", ()))})
 
 
 def _estimate_from_json(doc: Mapping[str, Any]) -> Estimate:
@@ -276,7 +308,7 @@ def _estimate_from_json(doc: Mapping[str, Any]) -> Estimate:
         "step_s": Interval(**doc["step_s"]),
         "cost": Cost(**doc["cost"]),
     }
-    rest = {name: doc[name] for name in Estimate.__dataclass_fields__ if name not in parts}
+    rest = {name: doc[name] for name in Estimate.__dataclass_fields__ if name not in parts and name in doc}
     return Estimate(**parts, **rest)
 
 

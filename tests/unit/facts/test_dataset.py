@@ -53,6 +53,39 @@ def test_large_data_is_sampled_with_a_fixed_seed(tmp_path: Path, model: Path) ->
     assert facts.mean_tokens == pytest.approx(dataset_facts(section(half), model).mean_tokens, rel=0.1)
 
 
+def test_the_sampling_error_is_stated_and_true(tmp_path: Path, model: Path) -> None:
+    """A sample says how far its tokens may be off; the true count lies inside, and a full count has no error."""
+    rows = [{"prompt": "Q", "completion": "Z " * (1 + index % 97)} for index in range(SAMPLE_ROWS + 2000)]
+    whole = section(write(tmp_path / "all.jsonl", rows), max_seq_length=512)
+    facts = dataset_facts(whole, model)
+    parts = [
+        dataset_facts(section(write(tmp_path / f"{start}.jsonl", rows[start : start + 2000]), max_seq_length=512), model)
+        for start in range(0, len(rows), 2000)
+    ]
+    true = sum(part.tokens for part in parts)
+    assert [part.sampling_error for part in parts] == [0.0] * len(parts)
+    assert 0 < facts.sampling_error < 0.03
+    assert abs(facts.tokens - true) <= 1.5 * facts.sampling_error * true
+
+
+def test_lengths_are_told_as_quantiles_and_a_histogram(tmp_path: Path, model: Path) -> None:
+    """Before truncation, in bins that double: what decides max_seq_length."""
+    rows = [{"prompt": "Q", "completion": "Z"}] * 90 + [{"prompt": "Q", "completion": "Z " * 300}] * 10
+    facts = dataset_facts(section(write(tmp_path / "a.jsonl", rows)), model)
+    assert facts.p50_tokens is not None and facts.p50_tokens < 32
+    assert facts.p95_tokens == facts.max_tokens > 300
+    shares = {each.up_to_tokens: each.share for each in facts.histogram}
+    assert shares[32] == pytest.approx(0.9)
+    assert shares[max(shares)] == pytest.approx(0.1)
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_repeated_rows_are_counted(tmp_path: Path) -> None:
+    """Equal rows of a file, the first one aside."""
+    rows = [{"prompt": f"Q{index % 3}", "completion": "Z"} for index in range(10)]
+    assert dataset_facts(section(write(tmp_path / "a.jsonl", rows)), None).repeated_share == pytest.approx(0.7)
+
+
 def test_without_a_tokenizer_characters_are_counted(tmp_path: Path, model: Path) -> None:
     path = tiny.make_chat_rows(tmp_path / "a.jsonl", 64)
     assert dataset_facts(section(path), None).basis == "characters"
@@ -86,12 +119,12 @@ def test_weights_repeat_rows(tmp_path: Path, model: Path) -> None:
     assert facts.tokens == pytest.approx(3.5 * once.tokens)
 
 
-def test_rows_over_the_limit_are_truncated_and_noticed(tmp_path: Path, model: Path) -> None:
+def test_rows_over_the_limit_are_truncated_and_counted(tmp_path: Path, model: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "Z " * 500}] * 4)
     facts = dataset_facts(section(path, max_seq_length=32), model)
     assert (facts.tokens, facts.truncated_share) == (4 * 32, 1.0)
     assert facts.max_tokens > 500
-    assert "100% of the rows are longer than data.max_seq_length 32" in facts.notices[0]
+    assert facts.notices == ()  # the planner warns of it, with a code
 
 
 def test_long_texts_are_cut_into_pieces_not_truncated(tmp_path: Path, model: Path) -> None:
