@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def prepare_deepspeed() -> None:
     """Let DeepSpeed adopt the process group; before a model is built under ZeRO-3, which asks for it."""
     import deepspeed
 
+    # DeepSpeed calls collectives by names that newer torch versions announce to rename; nothing to be done here.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 

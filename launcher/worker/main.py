@@ -69,6 +69,8 @@ def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[...
     """
     started_s = time.monotonic()
     recipe, candidate = _read(folder, place)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers and datasets in a log file
     progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt)
     if place.rank == 0:
         folder.record("started", **place.names, world_size=place.world_size, hosts=[place.host])

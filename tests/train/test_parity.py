@@ -85,6 +85,16 @@ def test_losses_do_not_depend_on_how_the_work_is_spread(
     assert found["after"] == pytest.approx(reference["after"], rel=RELATIVE)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_fp32(
+    precision: str, ranks: Ranks, recipe: Recipe, reference: dict[str, Any]
+) -> None:
+    """Autocast and DeepSpeed's own half precision round differently, and only round."""
+    for stage in (0, 2):
+        found = _train(ranks, recipe, stage=stage, precision=precision)
+        assert found["losses"] == pytest.approx(reference["losses"], rel=2e-3), f"stage {stage}"
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora", "adalora", "prompt"])
 def test_adapters_train_the_same_on_any_number_of_ranks_and_stage(
     method: str, ranks: Ranks, single: Ranks, workshop: Path
