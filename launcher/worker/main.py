@@ -138,7 +138,12 @@ def _tracking(recipe: Recipe, folder: RunFolder, place: Place) -> Iterator[Track
     except BaseException:
         tracker.finish("failed")
         raise
-    tracker.finish("completed" if folder.result.exists() else "stopped")
+    if folder.result.exists():
+        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        tracker.artifact(Path(result["artifact"]["path"]))
+        tracker.finish("completed")
+    else:
+        tracker.finish("stopped")
 
 
 def _failed(folder: RunFolder, place: Place | None, error: Exception) -> int:

@@ -37,6 +37,9 @@ class Tracker(Protocol):
     def event(self, name: str, **facts: Any) -> None:
         """Record that something happened."""
 
+    def artifact(self, folder: Path) -> None:
+        """Hand over the verified adapter or model, where the recipe asks for it (wandb.log_model)."""
+
     def finish(self, status: str) -> None:
         """Close, with how the run ended: completed | failed | stopped."""
 
@@ -48,6 +51,9 @@ class NullTracker:
         """Nothing."""
 
     def event(self, name: str, **facts: Any) -> None:
+        """Nothing."""
+
+    def artifact(self, folder: Path) -> None:
         """Nothing."""
 
     def finish(self, status: str) -> None:
@@ -86,6 +92,10 @@ class FileTracker:
         self._append({"event": name, "time_s": time.time(), **facts})
         self._mirror(lambda mirror: mirror.event(name, facts))
 
+    def artifact(self, folder: Path) -> None:
+        """Hand the artifact to the mirror; the run folder holds it in any case."""
+        self._mirror(lambda mirror: mirror.artifact(folder))
+
     def finish(self, status: str) -> None:
         """Close, with how the run ended."""
         self.event("finished", status=status)
@@ -114,8 +124,9 @@ class FileTracker:
 class WandbMirror:
     """A wandb run that gets what the file gets."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, *, log_model: bool = False) -> None:
         self.run = run
+        self.log_model = log_model
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Send numbers; `step` is ours, because an offline restart does not know where it was."""
@@ -124,6 +135,16 @@ class WandbMirror:
     def event(self, name: str, facts: Mapping[str, Any]) -> None:
         """Keep the latest facts of each kind of event in the summary: events have no place on a step axis."""
         self.run.summary.update({f"event/{name}": json.dumps(dict(facts), sort_keys=True)})
+
+    def artifact(self, folder: Path) -> None:
+        """Log the folder as a W&B artifact of type model, named after the run, where the recipe asks for it."""
+        if not self.log_model:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{folder.name}-{self.run.id}", type="model")
+        artifact.add_dir(str(folder))
+        self.run.log_artifact(artifact, aliases=["latest", "final"])
 
     def finish(self, status: str) -> None:
         """Upload what is left; a run that did not complete is marked failed."""
@@ -161,7 +182,7 @@ def _start_mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
         _warn("Weights & Biases has no key (WANDB_API_KEY or `wandb login`); recording offline")
         mode = "offline"
     try:
-        return WandbMirror(_init(recipe, run, mode))
+        return WandbMirror(_init(recipe, run, mode), log_model=recipe.wandb.log_model)
     except Exception as error:
         if mode == "offline":
             _warn(f"Weights & Biases is off ({_first_line(error)}); metrics.jsonl has everything")
@@ -169,7 +190,7 @@ def _start_mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
         reason = _first_line(error)
     try:
         _forget_failed_start()
-        mirror = WandbMirror(_init(recipe, run, "offline"))
+        mirror = WandbMirror(_init(recipe, run, "offline"), log_model=recipe.wandb.log_model)
     except Exception as error:
         _warn(f"Weights & Biases is off ({reason}; offline: {_first_line(error)}); metrics.jsonl has everything")
         return None
@@ -187,6 +208,8 @@ def _forget_failed_start() -> None:
 def _init(recipe: Recipe, run: RunFolder, mode: Any) -> Any:
     import wandb
 
+    # Artifacts are staged where `wandb sync` finds them later; the home folder may be another node's.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run.path / "wandb" / "data"))
     return wandb.init(
         mode=mode,
         id=run.run_id,

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ def test_offline_run_is_really_written(tmp_path: Path, run: RunFolder) -> None:
     content = file.read_bytes()
     assert b"grp" in content
     assert b"tag-a" in content
+
+
+@pytest.mark.parametrize("log_model", [True, False])
+def test_the_artifact_goes_to_wandb_only_where_asked(tmp_path: Path, run: RunFolder, log_model: bool) -> None:
+    """wandb.log_model hands over the adapter; without it the files stay in the run folder alone."""
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    tracker = make_tracker(_recipe(tmp_path, mode="offline", log_model=log_model), run, rank=0)
+    tracker.log(1, loss=2.0)
+    tracker.artifact(run.adapter)
+    tracker.finish("completed")
+    (written,) = _files(run)
+    assert (f"adapter-{run.run_id}".encode() in _flushed(written)) is log_model
+
+
+def _flushed(written: Path) -> bytes:
+    """What wandb's helper process has written once the run's end is in the file; it writes after finish returned."""
+    deadline = time.monotonic() + 60
+    while b"loss" not in (content := written.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"loss" in content, f"{written} was never flushed"
+    return content
 
 
 def test_second_attempt_keeps_the_id(tmp_path: Path, run: RunFolder) -> None:
