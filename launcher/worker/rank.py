@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from launcher.errors import ClusterError
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder
@@ -27,6 +25,7 @@ from launcher.worker.finish import Finish
 from launcher.worker.loop import Layout, Loop, Memory, Rhythm
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
+from launcher.worker.rendezvous import device_name
 from launcher.worker.schedule import learning_rates, total_steps
 from launcher.worker.stopping import StopFlag
 
@@ -54,7 +53,7 @@ class Rank:
     def work(self) -> None:
         """Build, resume, train, and leave a checkpoint (stopped) or an artifact and result.json (completed)."""
         self._note_hosts()
-        device = torch.device(_device(self.candidate, self.place))
+        device = torch.device(device_name(self.place, self.candidate.device))
         order, steps = self._order()
         engine = self._engine(device, steps)
         checkpoints = self._checkpoints()
@@ -183,24 +182,6 @@ class Rank:
         self.progress.say(f"stopped after step {step} ({reason}); a checkpoint is there")
         if self.place.rank == 0:
             self.folder.record("stopped", **self.place.names, reason=reason, step=step)
-
-
-def _device(candidate: Candidate, place: Place) -> str:
-    """This rank's device; all GPUs of the node are visible and the local rank chooses.
-
-    Raises:
-        ClusterError: there is no GPU of that number.
-    """
-    if candidate.device != "cuda":
-        return "cpu"
-    if torch.cuda.device_count() <= place.local_rank:
-        raise ClusterError(
-            f"local rank {place.local_rank} on {place.host} sees {torch.cuda.device_count()} GPUs "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); "
-            "request GPUs per node, not per task"
-        )
-    torch.cuda.set_device(place.local_rank)
-    return f"cuda:{place.local_rank}"
 
 
 def _seed(seed: int) -> None:

@@ -40,12 +40,13 @@ def join(place: Place, folder: Path, *, device: str, timeout_s: float) -> None:
     long to wait for the last rank.
 
     Raises:
-        ClusterError: ranks are missing at the time-out (rank 0 names them).
+        ClusterError: ranks are missing at the time-out (rank 0 names them), or this rank has no GPU.
     """
     import torch.distributed as dist
 
     global _store
     _export(place, device)
+    device_name(place, device)
     address = reachable_address(place.nodes)  # on every rank: gloo and NCCL have to use the same network
     deadline = time.monotonic() + timeout_s
     published = folder / f"{place.attempt}.json"
@@ -64,6 +65,26 @@ def join(place: Place, folder: Path, *, device: str, timeout_s: float) -> None:
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
     _store = store
+
+
+def device_name(place: Place, device: str) -> str:
+    """This rank's device, made the current one; all GPUs of the node are visible and the local rank chooses.
+
+    Raises:
+        ClusterError: there is no GPU of that number.
+    """
+    if device != "cuda":
+        return "cpu"
+    import torch
+
+    if torch.cuda.device_count() <= place.local_rank:
+        raise ClusterError(
+            f"local rank {place.local_rank} on {place.host} sees {torch.cuda.device_count()} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); "
+            "request GPUs per node, not per task"
+        )
+    torch.cuda.set_device(place.local_rank)  # before NCCL starts: it takes the current device
+    return f"cuda:{place.local_rank}"
 
 
 def leave() -> None:

@@ -241,3 +241,13 @@ def test_a_host_name_that_means_the_loopback_is_not_given_to_other_nodes(monkeyp
 
 
 _HOST = socket.gethostname()
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_rank_without_a_gpu_says_what_to_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU per task leaves every rank but the first without one."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ClusterError, match=r"local rank 1 .* sees 1 GPUs .*request GPUs per node, not per task"):
+        rendezvous.join(place_of(1, 2), tmp_path, device="cuda", timeout_s=1)
