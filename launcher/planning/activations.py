@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from launcher.facts.shape import Linear, ModelShape
 from launcher.planning.plan import DTYPE_BYTES, Candidate
-from launcher.planning.stack import StackProfile
+from launcher.planning.stack import OUR_STACK, StackProfile
 from launcher.planning.trainable import targeted
 
 
@@ -41,18 +41,69 @@ def layer_transient_bytes_per_token(model: ModelShape, candidate: Candidate) -> 
     return DTYPE_BYTES[candidate.precision] * model.intermediate * active
 
 
+def layer_working_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+    """Bytes per token of one layer while backward works on it, recomputed activations included with checkpointing."""
+    if stack.layer_temporaries is None:
+        own = layer_activation_bytes_per_token(model, candidate) if candidate.gradient_checkpointing else 0.0
+        return own + layer_transient_bytes_per_token(model, candidate)
+    peak = _measured_layer(model, candidate, stack)
+    if candidate.gradient_checkpointing:
+        return peak * stack.compiled
+    return max(0.0, peak - layer_activation_bytes_per_token(model, candidate)) * stack.compiled
+
+
+def _measured_layer(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+    """Peak of one checkpointed layer's backward as published allocator peaks have it.
+
+    16d + 4q + 4k + 10f for gated MLPs with RMSNorm (Bekman; exact for Llama and Mistral blocks), 12d + 8f for plain
+    MLPs with LayerNorm, with the stack's own temporaries; adapters with dropout keep one copy per target instead.
+    Of routed experts each token keeps 6f per expert it visits, while one expert at a time is worked on.
+    """
+    size = DTYPE_BYTES[candidate.precision]
+    total = (8 if model.norm == "RMSNorm" else 6) * model.norms_per_layer * model.hidden
+    total += 4 * model.q_width + 4 * model.kv_width + (stack.layer_temporaries or 0.0) * model.hidden
+    if model.qk_norm:
+        total += 7 * (model.q_width + model.kv_width)
+    if candidate.attn_implementation == "eager":
+        total += (2 * size + 4) * model.heads * candidate.seq_len
+    kept, worked = (6, 4) if model.gated_mlp else (4, 4)
+    if model.experts:
+        active = model.experts_per_token
+        total += (kept * active + worked * active / model.experts) * model.intermediate
+        total += size * model.hidden * active + 4 * model.experts
+        total += 24 * model.hidden if residual_bytes(candidate, stack) == 4 else 0
+    else:
+        total += (kept + worked) * model.intermediate
+    if residual_bytes(candidate, stack) == 4:
+        # Norms put out fp32, which every block reads and autocast casts back.
+        total += 16 * model.hidden
+    return total * size / 2 + _adapter_copies(model, candidate, stack)
+
+
+def _adapter_copies(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+    """One dropped-out input per target; without dropout only what casting to fp32 adapters adds."""
+    if candidate.lora is None:
+        return 0.0
+    targets = targeted(model, candidate.lora.target_modules)[0]
+    inputs = sum(linear.in_features for linear in targets)
+    kept = stack.adapter_input_bytes if candidate.lora.lora_dropout > 0 or stack.adapter_input_bytes == 4 else 0
+    return kept * inputs + 2 * candidate.lora.r * len(targets)
+
+
 def residual_bytes(candidate: Candidate, stack: StackProfile) -> int:
     """Bytes per element of the residual stream, which is what checkpointing stores of every layer.
 
     fp32 weights under autocast make it fp32, and so does preparing a 4-bit base where the stack upcasts its norms.
     """
-    wide = is_autocast(candidate) or (stack.residual_fp32_after_kbit and candidate.quant is not None)
+    wide = is_autocast(candidate, stack) or stack.residual_fp32
+    wide = wide or (stack.residual_fp32_after_kbit and candidate.quant is not None)
     return 4 if wide else DTYPE_BYTES[candidate.precision]
 
 
-def is_autocast(candidate: Candidate) -> bool:
+def is_autocast(candidate: Candidate, stack: StackProfile = OUR_STACK) -> bool:
     """Whether fp32 weights are cast to 16 bits on use: full fine-tuning in plain torch."""
-    return candidate.method == "full" and candidate.zero_stage == 0 and candidate.precision != "fp32"
+    fp32_weights = stack.trained_bytes in (None, 4)
+    return fp32_weights and candidate.method == "full" and candidate.zero_stage == 0 and candidate.precision != "fp32"
 
 
 def _norm_bytes(model: ModelShape, candidate: Candidate) -> float:
@@ -138,15 +189,38 @@ def _adapter_inner_bytes(candidate: Candidate, inputs: tuple[Linear, ...], size:
 
 def stored_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """Bytes per token alive between forward and backward, all layers together."""
-    if candidate.gradient_checkpointing:
-        return model.layers * residual_bytes(candidate, stack) * model.hidden
-    return model.layers * layer_activation_bytes_per_token(model, candidate)
+    if not candidate.gradient_checkpointing:
+        return model.layers * layer_activation_bytes_per_token(model, candidate) * stack.compiled
+    per_layer = residual_bytes(candidate, stack) * model.hidden
+    if stack.selective_checkpointing:
+        per_layer += _every_second_product(model, candidate)
+    layers = min(2, model.layers) if stack.activations_offloaded else model.layers
+    return layers * per_layer
+
+
+def _every_second_product(model: ModelShape, candidate: Candidate) -> float:
+    """What selective checkpointing keeps: attention's output and half of the matrix products' outputs (torchtitan)."""
+    size = DTYPE_BYTES[candidate.precision]
+    outputs = sum(linear.out_features for linear in model.linears)
+    if model.experts:
+        outputs += model.experts_per_token * (3 if model.gated_mlp else 2) * model.intermediate
+    return size * (model.q_width + outputs / 2)
+
+
+def kept_in_backward_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+    """What piles up per token while backward walks the layers, but for the two it is working on."""
+    if not stack.backward_keeps_residuals or not candidate.gradient_checkpointing or candidate.method == "full":
+        return 0.0
+    return max(0, model.layers - 2) * DTYPE_BYTES[candidate.precision] * model.hidden
 
 
 def logits_bytes_per_token(
     model: ModelShape, candidate: Candidate, stack: StackProfile, *, backward: bool = True
 ) -> float:
-    """Bytes per token at the peak of a plain cross-entropy, what the final norm keeps included."""
+    """Bytes per token at the peak of the loss, what the final norm keeps included."""
+    if stack.logits is not None:
+        per_entry, per_channel = stack.logits
+        return per_entry * model.vocab + per_channel * model.hidden
     size = DTYPE_BYTES[candidate.precision]
     held, wide = stack.logits_backward if backward else stack.logits_forward
     # fp32 logits need no fp32 copy.

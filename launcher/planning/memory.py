@@ -16,8 +16,11 @@ from launcher.facts.gpu import gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.activations import (
+    is_autocast,
+    kept_in_backward_bytes_per_token,
     layer_activation_bytes_per_token,
     layer_transient_bytes_per_token,
+    layer_working_bytes_per_token,
     logits_bytes_per_token,
     stored_bytes_per_token,
 )
@@ -72,7 +75,7 @@ def estimate_memory(
     runtime = _runtime_bytes(candidate, stack)
     terms = {term: round(getattr(moment, term)) for term in TERMS if term != "runtime"}
     expected = sum(terms.values())
-    low, high = (round(expected * factor) for factor in stack.peak_band)
+    low, high = _peak_band(terms, stack)
     usable = usable_bytes(candidate, site)
     return MemoryEstimate(
         terms_bytes={**terms, "runtime": runtime},
@@ -81,6 +84,15 @@ def estimate_memory(
         usable_bytes=usable,
         binding=moment.name,
     )
+
+
+def _peak_band(terms: dict[str, int], stack: StackProfile) -> tuple[int, int]:
+    """Low and high of the peak: states are known better than what grows with tokens."""
+    tokens = terms["activations"] + terms["logits"]
+    rest = sum(terms.values()) - tokens
+    bands = zip(stack.state_band or stack.peak_band, stack.peak_band, strict=True)
+    low, high = (round(rest * states_factor + tokens * factor) for states_factor, factor in bands)
+    return low, high
 
 
 def fits(memory: MemoryEstimate) -> bool:
@@ -125,38 +137,39 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
     stored = stored_bytes_per_token(model, candidate, stack) * tokens
     one_layer = layer_activation_bytes_per_token(model, candidate) * tokens
     transient = layer_transient_bytes_per_token(model, candidate) * tokens
-    working = transient + (one_layer if candidate.gradient_checkpointing else 0.0)
+    working = layer_working_bytes_per_token(model, candidate, stack) * tokens
+    left_behind = kept_in_backward_bytes_per_token(model, candidate, stack) * tokens
     between = {
         "weights": state.weights,
         "gradients": state.gradients_between,
         "optimizer": state.optimizer,
-        "buffers": _bucket_bytes(model, candidate),
+        "buffers": _bucket_bytes(model, candidate, stack),
     }
     found = [
         Moment(
             name="loss forward",
             activations=stored,
             logits=logits_bytes_per_token(model, candidate, stack, backward=False) * tokens,
-            gathered=_gathered(model, candidate, "forward"),
+            gathered=_gathered(model, candidate, stack, "forward"),
             **between,
         ),
         Moment(
             name="loss backward",
             activations=stored,
             logits=logits_bytes_per_token(model, candidate, stack) * tokens,
-            gathered=_gathered(model, candidate, "loss"),
+            gathered=_gathered(model, candidate, stack, "loss"),
             **between,
         ),
         Moment(
             name="backward of one layer",
-            activations=stored + working,
-            gathered=_gathered(model, candidate, "layer"),
+            activations=stored + working + left_behind,
+            gathered=_gathered(model, candidate, stack, "layer"),
             **between,
         ),
         Moment(
             name="end of backward",
-            activations=one_layer + transient,
-            gathered=_gathered(model, candidate, "layer"),
+            activations=(one_layer + transient if stack.layer_temporaries is None else working) + left_behind,
+            gathered=_gathered(model, candidate, stack, "layer"),
             **{
                 **between,
                 "gradients": max(state.gradients_between, _gradients_before_first_layer(model, candidate, state)),
@@ -167,7 +180,7 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
             weights=state.weights,
             gradients=state.gradients,
             optimizer=state.optimizer + state.step_temporary,
-            buffers=_bucket_bytes(model, candidate) + _allgather_bytes(model, candidate),
+            buffers=_bucket_bytes(model, candidate, stack) + _allgather_bytes(model, candidate, stack),
         ),
     ]
     return [*found, *_loading(model, candidate, stack)]
@@ -183,22 +196,51 @@ def _gradients_before_first_layer(model: ModelShape, candidate: Candidate, state
 
 def _loading(model: ModelShape, candidate: Candidate, stack: StackProfile) -> list[Moment]:
     """A 4-bit base is loaded whole on every rank before ZeRO-3 shards it."""
-    if candidate.quant is None or candidate.zero_stage < 3:
+    if candidate.quant is None or candidate.zero_stage < 3 or stack.sharding != "deepspeed":
         return []
     return [Moment(name="loading the 4-bit base", weights=weight_bytes(model, candidate, stack))]
 
 
-def _gathered(model: ModelShape, candidate: Candidate, when: str) -> float:
+def _gathered(model: ModelShape, candidate: Candidate, stack: StackProfile, when: str) -> float:
     """Whole weights alive beyond the resident ones, at the end of forward, at the loss's or a layer's backward."""
     size = DTYPE_BYTES[candidate.precision]
     total = 0.0
-    if candidate.zero_stage == 3:
-        total += _zero3_live(model, candidate, head=when != "layer")
-    elif candidate.zero_stage == 0 and candidate.method == "full" and size != 4:
+    if stack.sharding == "fsdp" and candidate.zero_stage >= 2:
+        total += _fsdp_live(model, candidate, stack, when)
+    elif candidate.zero_stage == 3:
+        total += _zero3_live(model, candidate, stack, head=when != "layer")
+    elif is_autocast(candidate, stack):
         total += size * _autocast_casts(model, candidate, when)
-    if candidate.quant is not None and when == "layer":
+    if when == "layer" and candidate.zero_stage == 0 and stack.trained_bytes is not None and candidate.method == "full":
+        total += stack.trained_bytes * model.vocab * model.hidden  # the head's gradient is there first
+    if candidate.quant is not None and when == "layer" and stack.dequantizes_whole:
         total += size * max(linear.in_features * linear.out_features for linear in model.linears)
     return total
+
+
+def _fsdp_live(model: ModelShape, candidate: Candidate, stack: StackProfile, when: str) -> float:
+    """FSDP gathers the root unit (embedding, head) for the whole step, and one block at a time into its own buffers.
+
+    Where weights are trained, the head's gradient waits whole until the root unit is reduced. SHARD_GRAD_OP keeps
+    every block from forward to backward.
+    """
+    size = DTYPE_BYTES[candidate.precision]
+    root = size * model.embedding_params
+    if candidate.zero_stage == 2:
+        root += model.layers * _block_bytes(model, candidate, stack)
+    if when != "layer":
+        return root
+    gradient = size * model.vocab * model.hidden if candidate.method == "full" else 0
+    return root + _block_bytes(model, candidate, stack) + gradient
+
+
+def _block_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+    """One gathered block: quantized weights stay quantized, trained ones come in the compute dtype."""
+    size = DTYPE_BYTES[candidate.precision]
+    if candidate.quant is None:
+        return size * model.layer_params
+    outside = size * (model.embedding_params + model.final_norm_params)
+    return (weight_bytes(model, candidate, stack) - outside) / model.layers
 
 
 def _autocast_casts(model: ModelShape, candidate: Candidate, when: str) -> int:
@@ -208,7 +250,7 @@ def _autocast_casts(model: ModelShape, candidate: Candidate, when: str) -> int:
     return model.vocab * model.hidden if when == "loss" else model.layer_params
 
 
-def _zero3_live(model: ModelShape, candidate: Candidate, *, head: bool) -> float:
+def _zero3_live(model: ModelShape, candidate: Candidate, stack: StackProfile, *, head: bool) -> float:
     """Gathered parameters: bounded by max_live, never less than one layer (or the head) and what is prefetched.
 
     Where the unit is trained its gradients appear whole before they are reduced and partitioned.
@@ -216,28 +258,23 @@ def _zero3_live(model: ModelShape, candidate: Candidate, *, head: bool) -> float
     size, buckets = DTYPE_BYTES[candidate.precision], candidate.buckets
     unit = model.vocab * model.hidden if head else model.layer_params
     live = min(model.params, max(unit, buckets.max_live_elements) + buckets.prefetch_elements)
-    per_param = weight_per_param(model, candidate)
+    per_param = weight_bytes(model, candidate, stack) / model.params
     whole_gradients = size * unit if candidate.method == "full" else 0
     return live * per_param + whole_gradients
 
 
-def weight_per_param(model: ModelShape, candidate: Candidate) -> float:
-    """Average bytes per base parameter as held; what a gather moves."""
-    return weight_bytes(model, candidate) / model.params
-
-
-def _bucket_bytes(model: ModelShape, candidate: Candidate) -> float:
+def _bucket_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """DeepSpeed's contiguous gradient buffer, two of them where stages 1 and 2 overlap filling and reducing."""
-    if candidate.zero_stage == 0:
+    if candidate.zero_stage == 0 or stack.sharding != "deepspeed":
         return 0
     buffers = 2 if candidate.zero_stage < 3 and candidate.device == "cuda" else 1
     elements = min(candidate.buckets.reduce_elements, trainable_params(model, candidate))
     return buffers * DTYPE_BYTES[candidate.precision] * elements
 
 
-def _allgather_bytes(model: ModelShape, candidate: Candidate) -> float:
+def _allgather_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """ZeRO-1 and ZeRO-2 gather updated weights after the step, a bucket at a time."""
-    if candidate.zero_stage not in (1, 2) or candidate.world_size == 1:
+    if candidate.zero_stage not in (1, 2) or candidate.world_size == 1 or stack.sharding != "deepspeed":
         return 0
     elements = min(candidate.buckets.allgather_elements, trainable_params(model, candidate))
     return DTYPE_BYTES[candidate.precision] * elements

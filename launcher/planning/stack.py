@@ -6,9 +6,7 @@ trainer) is another row of numbers and never a special case inside a formula.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 GIB = 2**30
 
@@ -40,6 +38,44 @@ class StackProfile:
     """Reserved over allocated: low, expected, high (expandable segments on)."""
     peak_band: tuple[float, float]
     """Low and high of the peak relative to the expected value."""
+    state_band: tuple[float, float] | None = None
+    """The same for what does not depend on the batch, where it is known better than activations; None: peak_band."""
+    sharding: str = "deepspeed"
+    """Who shards: deepspeed | fsdp. FSDP gathers whole units beside the shards and has no buckets."""
+    shard_ranks: int | None = None
+    """Ranks that share one copy of the states (hybrid sharding); None: all."""
+    trained_bytes: int | None = None
+    """Bytes per weight, gradient and moment of full fine-tuning with torch's AdamW: 2 in pure bf16, 4 with fp32
+    weights. None: fp32 in plain torch; DeepSpeed keeps an fp32 master beside the compute dtype."""
+    adapter_bytes: int | None = None
+    """The same for adapters; None: fp32 in plain torch, the compute dtype beside an fp32 master in DeepSpeed."""
+    foreach: bool | None = None
+    """Whether AdamW's step holds one more list of the trained tensors (multi-tensor updates); None: by optimizer."""
+    optimizer_in_backward: bool = False
+    """Whether weights are updated during backward, so that gradients never exist together."""
+    adapter_input_bytes: int = 2
+    """Bytes per element of the dropped-out copies that adapters read: 4 where fp32 adapters run without autocast."""
+    logits: tuple[float, float] | None = None
+    """Bytes of the loss per token: per vocabulary entry, per hidden channel; None: counted from the copies above."""
+    layer_temporaries: float | None = None
+    """Bytes per hidden channel that backward of one checkpointed layer needs beyond the closed form for full
+    fine-tuning, 16d + 4q + 4k + 10f; None: the derivation of our own stack."""
+    residual_fp32: bool = False
+    """Whether the residual stream is fp32, which doubles stored checkpoints."""
+    backward_keeps_residuals: bool = False
+    """PEFT under FSDP 1: one more tensor of the residual's width per layer stays alive until backward ends."""
+    activations_offloaded: bool = False
+    """Whether stored checkpoints leave the GPU; two layers of them are on their way."""
+    selective_checkpointing: bool = False
+    """Whether checkpointing keeps attention's output and every second matrix product instead of the input alone."""
+    compiled: float = 1.0
+    """Share of layers' activations left after torch.compile fuses them."""
+    quantization: str = "nf4"
+    """How 4-bit bases are stored: nf4 | gptq-int4 | int8."""
+    scales_sharded: bool = True
+    """Whether the scales of 4-bit weights are sharded with them (FSDP shards only parameters)."""
+    dequantizes_whole: bool = True
+    """Whether one dequantized matrix counts on top of a layer's backward."""
 
 
 OUR_STACK = StackProfile(
@@ -60,8 +96,3 @@ OUR_STACK = StackProfile(
 fp32 logits' gradient (worker/loss.py; traced in tests/train/test_memory_model.py). Context and NCCL: Bekman's
 measurements on A100, torch 2.x."""
 
-
-def stack_of(setup: Mapping[str, Any]) -> StackProfile:
-    """The profile of a published row's stack, with what its setup says."""
-    del setup
-    return OUR_STACK

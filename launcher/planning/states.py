@@ -33,58 +33,111 @@ class States:
 
 def states(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> States:
     """Weights, gradients and optimizer states of one rank (ZeRO, arXiv 1910.02054, section 3, and DeepSpeed's code)."""
-    if candidate.zero_stage == 0:
-        return _plain_states(model, candidate, stack)
+    if candidate.zero_stage == 0 or stack.sharding == "fsdp":
+        return _torch_states(model, candidate, stack)
     return _zero_states(model, candidate, stack)
 
 
+def shard_count(candidate: Candidate, stack: StackProfile) -> int:
+    """Ranks that share one copy of what is sharded."""
+    return min(stack.shard_ranks or candidate.world_size, candidate.world_size)
+
+
 def weight_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_STACK) -> float:
-    """Bytes of the whole base model as it is held, unsharded, without adapters.
+    """Bytes of the whole base model as it is held, unsharded, without adapters; only linear layers are quantized."""
+    held = _held_bytes(candidate, stack)
+    quantized = quantized_params(model, candidate, stack)
+    return quantized * _quantized_bytes(candidate, stack) + (model.params - quantized) * held
 
-    NF4 takes half a byte per weight and one scale per 64: 4 bytes, or with double quantization 1 byte and
-    4 bytes per 256 scales (QLoRA, arXiv 2305.14314, section 3). Only linear layers are quantized.
-    """
-    compute = _held_bytes(candidate)
+
+def quantized_params(model: ModelShape, candidate: Candidate, stack: StackProfile) -> int:
+    """Base parameters stored in few bits: the matrices of linear layers, and of experts where loading reaches them."""
     if candidate.quant is None:
-        return model.params * compute
-    scale = (1 + 4 / 256) / 64 if candidate.quant.double_quant else 4 / 64
-    quantized = model.layers * sum(linear.in_features * linear.out_features for linear in model.linears)
-    if stack.experts_quantized:
-        quantized += model.layers * model.expert_params_per_layer
-    return quantized * (0.5 + scale) + (model.params - quantized) * compute
+        return 0
+    matrices = sum(linear.in_features * linear.out_features for linear in model.linears)
+    experts = model.expert_params_per_layer if stack.experts_quantized else 0
+    return model.layers * (matrices + experts)
 
 
-def _held_bytes(candidate: Candidate) -> int:
-    """Bytes per weight of the base: fp32 masters where plain torch trains everything, else the compute dtype."""
-    if candidate.method == "full" and candidate.zero_stage == 0:
-        return 4
+def _quantized_bytes(candidate: Candidate, stack: StackProfile) -> float:
+    """Bytes per quantized weight.
+
+    NF4 takes half a byte and one scale per 64 weights (`scale_bytes`); GPTQ's int4 half a byte, per group of 128 one
+    fp16 scale and one 4-bit zero point; int8 one byte and one fp32 scale per row, which is next to nothing.
+    """
+    if stack.quantization == "gptq-int4":
+        return 0.5 + (2 + 0.5) / 128
+    if stack.quantization == "int8":
+        return 1.0
+    return 0.5 + scale_bytes(candidate)
+
+
+def scale_bytes(candidate: Candidate) -> float:
+    """Bytes of NF4's scales per weight.
+
+    One per 64 weights: 4 bytes, or with double quantization 1 byte and 4 bytes per 256 scales (QLoRA, arXiv
+    2305.14314, section 3).
+    """
+    if candidate.quant is None:
+        return 0.0
+    return (1 + 4 / 256) / 64 if candidate.quant.double_quant else 4 / 64
+
+
+def _held_bytes(candidate: Candidate, stack: StackProfile) -> int:
+    """Bytes per weight of the base: those of a trained weight where plain torch or FSDP trains it."""
+    if candidate.method == "full" and (candidate.zero_stage == 0 or stack.sharding == "fsdp"):
+        return stack.trained_bytes or 4
     return DTYPE_BYTES[candidate.precision]
 
 
-def optimizer_moment_bytes(candidate: Candidate) -> float:
-    """Adam's two moments per trained element: fp32, or 8 bits with one fp32 scale per 256 (bitsandbytes)."""
-    return 2 * (1 + 4 / 256) if "8bit" in candidate.optim else 8
+def optimizer_moment_bytes(candidate: Candidate, per_moment: int = 4) -> float:
+    """Adam's two moments per trained element: as wide as the weight, or 8 bits with one fp32 scale per 256."""
+    return 2 * (1 + 4 / 256) if "8bit" in candidate.optim else 2 * per_moment
 
 
-def _plain_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
-    """Plain torch: fp32 trained weights (no other master copy), fp32 gradients and moments, nothing sharded."""
+def _torch_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
+    """Plain torch and FSDP: weights, gradients and moments in one dtype, no other master copy.
+
+    FSDP shards as ZeRO does by stage: optimizer and gradients from 2 on, weights in 3.
+    """
     trained = trainable_params(model, candidate)
-    base = weight_bytes(model, candidate, stack)
-    weights = base if candidate.method == "full" else base + 4 * trained
-    gradients = 4.0 * trained
-    distributed = candidate.world_size > 1
+    ranks = shard_count(candidate, stack) if candidate.zero_stage else 1
+    size = trained_element_bytes(candidate, stack)
+    adapters = 0 if candidate.method == "full" else size * trained
+    weights = (weight_bytes(model, candidate, stack) + adapters) / (ranks if candidate.zero_stage == 3 else 1)
+    if candidate.quant is not None and not stack.scales_sharded:
+        weights += quantized_params(model, candidate, stack) * scale_bytes(candidate) * (1 - 1 / ranks)
+    shard = trained / (ranks if candidate.zero_stage >= 2 else 1)
+    gradients = 0.0 if stack.optimizer_in_backward else size * shard
+    distributed = candidate.world_size > 1 and candidate.zero_stage == 0
     if distributed and stack.ddp_extra_gradient_copy:
         gradients *= 2
+    optimizer = optimizer_moment_bytes(candidate, size) * shard
+    temporary = size * shard if _is_foreach(candidate, stack) else 0.0
+    if candidate.offload_optimizer != "none":
+        gradients, optimizer, temporary = 0.0, 0.0, 0.0
+    if candidate.offload_param != "none":
+        weights = 0.0
     accumulates = candidate.gradient_accumulation > 1 or distributed
-    # foreach AdamW on a GPU holds one more parameter-sized list; fused and per-tensor updates do not.
-    foreach = candidate.device == "cuda" and candidate.optim == "adamw_torch"
     return States(
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer_moment_bytes(candidate) * trained,
-        gradients_between=gradients if accumulates else 0,
-        step_temporary=4 * trained if foreach else 0,
+        optimizer=optimizer,
+        gradients_between=gradients if accumulates else 0.0,
+        step_temporary=temporary,
     )
+
+
+def trained_element_bytes(candidate: Candidate, stack: StackProfile) -> int:
+    """Bytes of one trained weight (and of its gradient and each moment) without a separate master copy."""
+    return (stack.trained_bytes if candidate.method == "full" else stack.adapter_bytes) or 4
+
+
+def _is_foreach(candidate: Candidate, stack: StackProfile) -> bool:
+    """Multi-tensor AdamW holds one more parameter-sized list on a GPU; fused and per-tensor updates do not."""
+    if stack.optimizer_in_backward or candidate.device != "cuda":
+        return False
+    return candidate.optim == "adamw_torch" if stack.foreach is None else stack.foreach
 
 
 def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
