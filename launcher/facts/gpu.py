@@ -42,8 +42,13 @@ class Gpu:
     pcie_bytes_s: float
     bf16: bool
     """Whether matmul units take bf16."""
+    network_bytes_s: float
+    """Line rate of one GPU's share of its node's network, in the vendor's reference design (DGX/HGX: one port per
+    GPU; PCIe servers 100 Gbit/s for four; desktops 10 Gbit/s)."""
     efficiency: float
-    """Share of `achievable_flops` that training steps with some thousand tokens per micro-batch reach."""
+    """Share of `achievable_flops` that a training step's matmuls sustain: less where the power limit binds."""
+    attention: float
+    """Share of `achievable_flops` that FlashAttention-2 reaches, forward and backward, causal."""
 
     @property
     def is_cpu(self) -> bool:
@@ -61,7 +66,9 @@ _CPU = Gpu(
     link_bytes_s=1e9,
     pcie_bytes_s=5e9,
     bf16=False,
+    network_bytes_s=1.25e9,
     efficiency=1.0,
+    attention=1.0,
 )
 
 
@@ -113,11 +120,18 @@ def _from_row(row: dict[str, float | str | bool | None]) -> Gpu:
         achievable_flops=number("mamf_tflops", 0.85 * number("tflops")) * 1e12,
         fp32_flops=number("fp32_tflops") * 1e12,
         memory_bytes_s=number("hbm_gb_s") * 1e9,
-        link_bytes_s=number("nvlink_gb_s", 0.9 * number("pcie_gb_s")) * 1e9,
+        link_bytes_s=number("nvlink_gb_s", _pcie_link(bool(row["host_copy"])) * number("pcie_gb_s")) * 1e9,
         pcie_bytes_s=pcie,
         bf16=bool(row["bf16"]),
+        network_bytes_s=number("network_gb_s") * 1e9,
         efficiency=number("efficiency"),
+        attention=number("attention"),
     )
+
+
+def _pcie_link(host_copy: bool) -> float:
+    """Bus bandwidth of a collective over PCIe: consumer drivers allow no peer access, so data crosses it twice."""
+    return 0.45 if host_copy else 0.8
 
 
 def _normal(name: str) -> str:

@@ -103,6 +103,8 @@ def _zero(candidate: Candidate) -> dict[str, Any]:
             "stage3_max_reuse_distance": buckets.max_reuse_elements,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
+    if stage == 3 and candidate.hpz_partition > 1:
+        section["zero_hpz_partition_size"] = candidate.hpz_partition
     if candidate.offload_optimizer != "none":
         section["offload_optimizer"] = _offload(candidate, candidate.offload_optimizer, buffers=4)
     if candidate.offload_param != "none":

@@ -105,6 +105,8 @@ class Candidate:
     num_virtual_tokens: int | None
     quant: QuantNumbers | None
     buckets: Buckets
+    hpz_partition: int = 1
+    """Ranks that share a second partition of the weights for backward's gathers (ZeRO++ hpZ); 1 = none."""
 
     @property
     def world_size(self) -> int:
@@ -313,7 +315,7 @@ def _estimate_from_json(doc: Mapping[str, Any]) -> Estimate:
 
 
 def _candidate_from_json(doc: Mapping[str, Any]) -> Candidate:
-    values = {name: doc[name] for name in Candidate.__dataclass_fields__}
+    values = {name: doc[name] for name in Candidate.__dataclass_fields__ if name in doc}
     for name, part in _CANDIDATE_PARTS.items():
         if values[name] is not None:
             values[name] = part(**values[name])

@@ -19,6 +19,7 @@ from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.candidates import buckets
 from launcher.planning.plan import Candidate, LoraNumbers, QuantNumbers
+from launcher.planning.speed_profile import OUR_SPEED, SpeedProfile, speed_of
 from launcher.planning.stack import StackProfile, stack_of
 from launcher.planning.trainable import lora_params
 from launcher.recipe.schema import ModelSection
@@ -60,6 +61,7 @@ class Run:
     stack: StackProfile
     knows_gpu: bool
     """Whether the row names a catalogued GPU; fit and speed are asked only then."""
+    speed: SpeedProfile = OUR_SPEED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +160,14 @@ def _run(model_name: str, setup: Mapping[str, Any]) -> Run:
         cpus_per_node=16 * per_node,
         mem_bytes_per_node=1 << 41,
     )
-    return Run(model=model, candidate=candidate, site=site, stack=stack_of(setup), knows_gpu=knows)
+    return Run(
+        model=model,
+        candidate=candidate,
+        site=site,
+        stack=stack_of(setup),
+        knows_gpu=knows,
+        speed=speed_of(setup),
+    )
 
 
 def _gpu_name(name: Any) -> tuple[str, bool]:

@@ -56,7 +56,7 @@ def predict_memory(run: Run) -> Any:
 
 def predict_tokens_per_s(run: Run) -> float:
     """The plan's speed for a published run, per GPU."""
-    step_s = speed.step_time(run.model, run.candidate, run.site).total_s
+    step_s = speed.step_time(run.model, run.candidate, run.site, run.speed).total_s
     return run.candidate.global_batch * run.candidate.seq_len / step_s / run.candidate.world_size
 
 

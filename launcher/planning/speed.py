@@ -1,9 +1,8 @@
 """Seconds per optimizer step, wall time, GPU-hours and money.
 
-    step = accumulation * max(compute, launch floor) + exposed communication + optimizer + dequantization
+    step = accumulation x micro-batch + exposed communication + optimizer
 
-Compute counts 2 FLOP per parameter and token forward, 4 backward (2 where the weights are frozen: no weight
-gradient), and 2 more where checkpointing runs forward again. Symbols as in `memory`.
+A micro-batch's compute is in `compute`, communication in `collectives`; both take a stack's `SpeedProfile`.
 """
 
 from __future__ import annotations
@@ -14,30 +13,41 @@ from dataclasses import dataclass
 from launcher.facts.gpu import Gpu, gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
+from launcher.planning.collectives import exposed_s, link_bytes_s, traffic
+from launcher.planning.compute import attention_flop_per_token, compute, matmul_flop_per_token
 from launcher.planning.plan import DTYPE_BYTES, Candidate, Cost, Interval
+from launcher.planning.speed_profile import OUR_SPEED, SpeedProfile
 from launcher.planning.states import weight_bytes
 from launcher.planning.trainable import trainable_params
 
-_INTER_NODE_BYTES_S = 25e9
-"""Per GPU, where the site does not say: one 200 Gbit/s port each."""
-_OVERLAP = 0.8
-"""Share of compute behind which communication can hide."""
-_LAUNCH_S_PER_LAYER = 0.3e-3
-"""Host time to launch the kernels of one layer's forward."""
-_RAMP_TOKENS = 400
-"""Tokens per micro-batch at which a GPU reaches half its large-batch efficiency."""
-_CPU_RAMP_TOKENS = 64
-_EXPERT_EFFICIENCY = 0.5
-"""Routed experts see a share of the tokens each: small matrices, and permutation besides."""
-_CPU_ADAM_S_PER_PARAM = 0.6e-9
-"""Offloaded Adam per element and host (ZenFlow measured > 4 s for 7e9 on one host)."""
+__all__ = [
+    "StepTime",
+    "cost",
+    "evaluation_s",
+    "first_step_s",
+    "flop_per_token",
+    "link_bytes_s",
+    "mfu",
+    "save_s",
+    "step_interval",
+    "step_time",
+    "steps_of_run",
+    "wall_s",
+]
+
+_ADAM_BYTES = 28
+"""Per element: gradient, master and two moments read, the latter three written, in fp32."""
+_HOST_BYTES_S = 70e9
+"""Memory bandwidth CPU Adam reaches per host: published times are 0.25 s (ZeRO-Offload, arXiv 2101.06840, table 4) to
+0.6 s (ZenFlow, 2505.12242) per 1e9 elements, 112 to 47 GB/s."""
 _NVME_BYTES_S = 5e9
+"""Of one node's local drives, reading and writing."""
 _STARTUP_S = 90.0
 """Imports, rendezvous, first kernels."""
 _READ_BYTES_S = 2e9
 """Shared file system, per job, reading weights."""
-_EVALUATION_SHARE = 1.0 / 3.0
-"""A forward pass relative to forward and backward."""
+WRITE_BYTES_S = 1e9
+"""Shared file system, per job, writing checkpoints: what one client of a busy Lustre or NFS server gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,102 +68,67 @@ class StepTime:
 
 def flop_per_token(model: ModelShape, candidate: Candidate) -> float:
     """FLOP executed per token of a step, recomputation included."""
-    weights = 2.0 * model.matmul_params
-    attention = 2.0 * candidate.seq_len * model.q_width * model.layers
-    backward = 2.0 if candidate.method == "full" else 1.0
-    again = 1.0 if candidate.gradient_checkpointing else 0.0
     adapters = 0.0 if candidate.method == "full" else 6.0 * trainable_params(model, candidate)
-    return weights * (1 + backward + again) + attention * (3 + again) + adapters
+    return matmul_flop_per_token(model, candidate) + attention_flop_per_token(model, candidate) + adapters
 
 
-def step_time(model: ModelShape, candidate: Candidate, site: Site) -> StepTime:
+def mfu(model: ModelShape, candidate: Candidate, tokens_per_s_per_gpu: float) -> float:
+    """Model FLOP utilization (PaLM, arXiv 2204.02311, appendix B): useful FLOP/s over the data sheet's.
+
+    Useful are forward and backward without recomputation; frozen weights need no weight gradient, so that low-rank
+    adapters count 4 per parameter, not 6.
+    """
+    device = gpu(candidate.gpu)
+    useful = matmul_flop_per_token(model, candidate, 0.0) + 6.0 * candidate.seq_len * model.q_width * model.layers
+    peak = device.fp32_flops if candidate.precision == "fp32" and not device.is_cpu else device.flops
+    return tokens_per_s_per_gpu * useful / peak
+
+
+def step_time(model: ModelShape, candidate: Candidate, site: Site, profile: SpeedProfile = OUR_SPEED) -> StepTime:
     """Predict one optimizer step of the whole job."""
     device = gpu(candidate.gpu)
-    compute = candidate.gradient_accumulation * _micro_batch_s(model, candidate, device, site)
-    communication = _communication_s(model, candidate, device, site)
+    micro_batch = compute(model, candidate, device, site, profile)
+    moved = traffic(model, candidate, device, site, profile)
+    often = candidate.gradient_accumulation
     return StepTime(
-        compute_s=compute,
-        communication_s=max(0.0, communication - _OVERLAP * compute),
-        optimizer_s=_optimizer_s(model, candidate, device),
-        dequantization_s=candidate.gradient_accumulation * _dequantization_s(model, candidate, device),
+        compute_s=often * (micro_batch.total_s - micro_batch.dequantization_s),
+        communication_s=exposed_s(moved, micro_batch.total_s, candidate, profile),
+        optimizer_s=_optimizer_s(model, candidate, device) + often * _host_traffic_s(model, candidate, device),
+        dequantization_s=often * micro_batch.dequantization_s,
     )
 
 
-def step_interval(time: StepTime, candidate: Candidate) -> Interval:
-    """Low, expected and high; a CPU's speed depends on who else uses it."""
-    low, high = (0.5, 2.5) if candidate.device == "cpu" else (0.8, 1.35)
+def step_interval(time: StepTime, candidate: Candidate, profile: SpeedProfile = OUR_SPEED) -> Interval:
+    """Low, expected and high; a CPU's speed depends on who else uses it, an offloaded step on the host's memory."""
+    low, high = profile.band
+    if candidate.device == "cpu":
+        low, high = 0.5, 2.5
+    elif candidate.offload_optimizer != "none" or candidate.offload_param != "none":
+        low, high = 0.6, 1.7
     return Interval(low=low * time.total_s, expected=time.total_s, high=high * time.total_s)
 
 
-def _flops(candidate: Candidate, device: Gpu, site: Site) -> float:
-    if device.is_cpu:
-        return device.flops * max(1, site.cpus_per_node // candidate.gpus_per_node)
-    if candidate.precision == "fp32":
-        return 0.85 * device.fp32_flops
-    return device.achievable_flops * device.efficiency
-
-
-def _micro_batch_s(model: ModelShape, candidate: Candidate, device: Gpu, site: Site) -> float:
-    """Arithmetic, or the host's time to launch kernels where a micro-batch is too small to hide it."""
-    tokens = candidate.micro_batch * candidate.seq_len
-    arithmetic = tokens * flop_per_token(model, candidate) / _flops(candidate, device, site)
-    if model.experts:
-        arithmetic /= _EXPERT_EFFICIENCY
-    if device.is_cpu:
-        return arithmetic * (1 + _CPU_RAMP_TOKENS / tokens)
-    passes = 4 if candidate.gradient_checkpointing else 3
-    adapters = 1.0 if candidate.lora is None else 1.8
-    floor = model.layers * passes * adapters * _LAUNCH_S_PER_LAYER
-    return max(arithmetic * (1 + _RAMP_TOKENS / tokens), floor)
-
-
-def link_bytes_s(candidate: Candidate, device: Gpu, site: Site) -> float:
-    """Bandwidth of one GPU's share of the slowest link a collective crosses."""
-    inside = site.intra_node_bw_bytes_s or device.link_bytes_s
-    if candidate.nodes == 1:
-        return inside
-    return min(inside, site.inter_node_bw_bytes_s or _INTER_NODE_BYTES_S)
-
-
-def _communication_s(model: ModelShape, candidate: Candidate, device: Gpu, site: Site) -> float:
-    """Bytes each GPU moves per step over its link (ZeRO, arXiv 1910.02054, section 7).
-
-    Stages 0-2 exchange gradients once per step, 2 P_t; stage 3 gathers weights forward and backward and scatters
-    gradients in every micro-batch.
-    """
-    ranks = candidate.world_size
-    if ranks == 1:
-        return 0.0
-    trained = trainable_params(model, candidate)
-    size = DTYPE_BYTES[candidate.precision]
-    share = (ranks - 1) / ranks
-    if candidate.zero_stage < 3:
-        volume = 2 * trained * (4 if candidate.zero_stage == 0 else size)
-        return volume * share / link_bytes_s(candidate, device, site)
-    gathers = 2 * weight_bytes(model, candidate)
-    per_micro_batch = (gathers + trained * size) * share / link_bytes_s(candidate, device, site)
-    from_host = 0.0 if candidate.offload_param == "none" else gathers / ranks / device.pcie_bytes_s
-    return candidate.gradient_accumulation * (per_micro_batch + from_host)
-
-
 def _optimizer_s(model: ModelShape, candidate: Candidate, device: Gpu) -> float:
-    """Adam reads and writes about 32 bytes per element; offloaded, the host does and PCIe carries both ways."""
+    """Adam is bound by the memory its states lie in; offloaded, by the host's, and by NVMe where they lie there."""
     trained = trainable_params(model, candidate)
-    shards = candidate.world_size if candidate.zero_stage else 1
     if candidate.offload_optimizer == "none":
-        return 32 * trained / shards / device.memory_bytes_s
+        shards = candidate.world_size if candidate.zero_stage else 1
+        return _ADAM_BYTES * trained / shards / device.memory_bytes_s
     per_host = trained / candidate.nodes
-    transfer = 2 * DTYPE_BYTES[candidate.precision] * per_host / (candidate.gpus_per_node * device.pcie_bytes_s)
-    swap = 32 * per_host / _NVME_BYTES_S if candidate.offload_optimizer == "nvme" else 0.0
-    return per_host * _CPU_ADAM_S_PER_PARAM + transfer + swap
+    swap = 2 * 16 * per_host / _NVME_BYTES_S if candidate.offload_optimizer == "nvme" else 0.0
+    return _ADAM_BYTES * per_host / _HOST_BYTES_S + swap
 
 
-def _dequantization_s(model: ModelShape, candidate: Candidate, device: Gpu) -> float:
-    """Every pass reads the 4-bit weights and writes them in the compute dtype."""
-    if candidate.quant is None:
-        return 0.0
-    passes = 3 if candidate.gradient_checkpointing else 2
-    return passes * model.linear_params * 2.52 / device.memory_bytes_s
+def _host_traffic_s(model: ModelShape, candidate: Candidate, device: Gpu) -> float:
+    """PCIe per micro-batch: gradients out and weights back with the optimizer offloaded, weights in twice with them."""
+    size, ranks = DTYPE_BYTES[candidate.precision], candidate.world_size
+    moved = 0.0
+    if candidate.offload_optimizer != "none":
+        shards = ranks if candidate.zero_stage > 1 else 1
+        moved += 2 * size * trainable_params(model, candidate) / shards
+    if candidate.offload_param != "none":
+        moved += 2 * weight_bytes(model, candidate) / ranks
+    return moved / device.pcie_bytes_s
 
 
 # ---------------------------------------------------------------- the whole run
@@ -168,14 +143,40 @@ def steps_of_run(*, rows: int, tokens: int, candidate: Candidate, epochs: float,
     return max(1, math.ceil(epochs * per_epoch))
 
 
-def wall_s(
-    model: ModelShape, candidate: Candidate, *, step_s: float, steps: int, evaluations: int, evaluation_rows: int
-) -> float:
-    """Start-up, reading weights, steps and evaluations; not the wait in the queue."""
+def first_step_s(model: ModelShape, candidate: Candidate) -> float:
+    """Seconds from the job's start to its first step: imports, rendezvous, weights read once per node."""
     start = _STARTUP_S if candidate.device == "cuda" else _STARTUP_S / 3
-    reading = 2 * model.params / _READ_BYTES_S
-    per_evaluation = evaluation_rows / candidate.global_batch * step_s * _EVALUATION_SHARE
-    return start + reading + steps * step_s + evaluations * per_evaluation
+    return start + 2 * model.params / _READ_BYTES_S
+
+
+def save_s(checkpoint_bytes: float, write_bytes_s: float = WRITE_BYTES_S) -> float:
+    """Seconds a checkpoint takes to write, all ranks together; training waits for it."""
+    return checkpoint_bytes / write_bytes_s
+
+
+def evaluation_s(candidate: Candidate, *, step_s: float, rows: int) -> float:
+    """Seconds of one validation of `rows` sequences over all ranks, from a training step's time.
+
+    A forward pass is one of a step's: backward takes two, one where weights are frozen, checkpointing one more.
+    """
+    passes = (3 if candidate.method == "full" else 2) + (1 if candidate.gradient_checkpointing else 0)
+    return rows / candidate.global_batch * step_s / passes
+
+
+def wall_s(
+    model: ModelShape,
+    candidate: Candidate,
+    *,
+    step_s: float,
+    steps: int,
+    evaluations: int,
+    evaluation_rows: int,
+    saves: int = 0,
+    save_s: float = 0.0,
+) -> float:
+    """Start-up, reading weights, steps, evaluations and saves; not the wait in the queue."""
+    validating = evaluations * evaluation_s(candidate, step_s=step_s, rows=evaluation_rows)
+    return first_step_s(model, candidate) + steps * step_s + validating + saves * save_s
 
 
 def cost(gpu_hours: float, price_per_gpu_hour: float | None) -> Cost:

@@ -40,4 +40,6 @@ def test_entries_are_plausible(name):
     assert 10 * GIB < entry.memory_bytes < 300 * GIB
     assert 1e13 < entry.achievable_flops <= entry.flops < 1e16
     assert 1e9 < entry.pcie_bytes_s < entry.memory_bytes_s
-    assert 0.2 < entry.efficiency < 0.8
+    assert 0.5 <= entry.efficiency < 0.95
+    assert 0.3 <= entry.attention < entry.efficiency
+    assert 1e9 < entry.network_bytes_s < entry.link_bytes_s
