@@ -71,16 +71,18 @@ def estimate_memory(
         Terms of the binding moment (their sum without `runtime` is the expected peak), the peak's interval,
         the whole device's interval and what the device can hold.
     """
-    moment = max(moments(model, candidate, stack), key=lambda each: each.total_bytes)
-    runtime = _runtime_bytes(candidate, stack)
+    alive = moments(model, candidate, stack)
+    moment = max(alive, key=lambda each: each.total_bytes)
     terms = {term: round(getattr(moment, term)) for term in TERMS if term != "runtime"}
+    runtime = _runtime_bytes(candidate, stack) + round(stack.pressure * (terms["activations"] + terms["logits"]))
     expected = sum(terms.values())
     low, high = _peak_band(terms, stack)
+    peak = Interval(low=low, expected=expected, high=high)
     usable = usable_bytes(candidate, site)
     return MemoryEstimate(
         terms_bytes={**terms, "runtime": runtime},
-        peak_bytes=Interval(low=low, expected=expected, high=high),
-        device_bytes=_device(low, expected, high, runtime, usable, candidate, stack),
+        peak_bytes=peak,
+        device_bytes=_device(peak, runtime, usable, candidate, stack, alive),
         usable_bytes=usable,
         binding=moment.name,
     )
@@ -104,17 +106,33 @@ def fits(memory: MemoryEstimate) -> bool:
 
 
 def _device(
-    low: float, expected: float, high: float, runtime: int, usable: int, candidate: Candidate, stack: StackProfile
+    peak: Interval, runtime: int, usable: int, candidate: Candidate, stack: StackProfile, alive: list[Moment]
 ) -> Interval:
     if candidate.device == "cpu":
-        return Interval(low=low + runtime, expected=expected + runtime, high=high + runtime)
-    values = [
-        round(peak * factor) + runtime for peak, factor in zip((low, expected, high), stack.fragmentation, strict=True)
-    ]
+        return Interval(low=peak.low + runtime, expected=peak.expected + runtime, high=peak.high + runtime)
+    values = [round(each) for each in _reserved(peak, runtime, candidate, stack, alive)]
     # A full device is as full as it gets: the allocator returns its reserve before it fails.
-    floor = high + runtime
+    floor = round(peak.high + runtime)
     capped = [min(value, max(usable, floor)) for value in values]
     return Interval(low=capped[0], expected=capped[1], high=capped[2])
+
+
+def _reserved(
+    peak: Interval, runtime: int, candidate: Candidate, stack: StackProfile, alive: list[Moment]
+) -> tuple[float, float, float]:
+    """Low, expected and high of what the allocator holds, with what lies outside it.
+
+    Without expandable segments blocks of other sizes are kept for later: a share of the largest activations and of
+    the largest logits of any moment, up to twice of it.
+    """
+    if stack.reserve is None:
+        low, expected, high = stack.fragmentation
+        return peak.low * low + runtime, peak.expected * expected + runtime, peak.high * high + runtime
+    outside = _runtime_bytes(candidate, stack)
+    activations, logits = stack.reserve
+    kept = activations * max(each.activations + each.logits for each in alive)
+    kept += logits * max(each.logits for each in alive)
+    return peak.low + outside / 2, peak.expected + outside + kept, peak.high + outside + 2 * kept
 
 
 def usable_bytes(candidate: Candidate, site: Site) -> int:

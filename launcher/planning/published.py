@@ -20,7 +20,8 @@ from launcher.facts.site import Site
 from launcher.planning.candidates import buckets
 from launcher.planning.plan import Candidate, LoraNumbers, QuantNumbers
 from launcher.planning.speed_profile import OUR_SPEED, SpeedProfile, speed_of
-from launcher.planning.stack import StackProfile, stack_of
+from launcher.planning.stack import StackProfile
+from launcher.planning.stacks import stack_of
 from launcher.planning.trainable import lora_params
 from launcher.recipe.schema import ModelSection
 
@@ -33,6 +34,7 @@ _METHODS = {"full": "full", "sft": "full", "lora": "lora", "qlora": "qlora", "do
 _ATTENTION = {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_SHOWN = 10
 _ASSUMED_GPU = "A100-80GB"
 """Where the row does not name a card: bytes do not depend on it; whether they fit is then not asked."""
 
@@ -91,10 +93,11 @@ def read_published(path: Path) -> list[Published]:
             continue
         try:
             rows.append(published(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError) as error:
             problems.append(f"{path}:{number}: not a row of published runs: {type(error).__name__} {error}")
     if problems:
-        raise DataError(*problems)
+        more = [f"{path}: and {len(problems) - _SHOWN} more lines"] if len(problems) > _SHOWN else []
+        raise DataError(*problems[:_SHOWN], *more)
     return rows
 
 
@@ -164,7 +167,7 @@ def _run(model_name: str, setup: Mapping[str, Any]) -> Run:
         model=model,
         candidate=candidate,
         site=site,
-        stack=stack_of(setup),
+        stack=stack_of(setup, model),
         knows_gpu=knows,
         speed=speed_of(setup),
     )

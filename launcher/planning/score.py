@@ -35,6 +35,9 @@ class Scored:
     outcome: str
     skipped: str | None
     complete: bool
+    predicted_device_gib: float | None
+    measured_device_gib: float | None
+    """nvidia-smi's reading beside another kind."""
     binding: str | None
     """The moment that sets the predicted peak."""
 
@@ -63,7 +66,16 @@ def predict_tokens_per_s(run: Run) -> float:
 def _score_row(row: Published) -> Scored:
     measured = row.measured
     blank: dict[str, Any] = dict.fromkeys(
-        ("predicted_gib", "low_gib", "high_gib", "predicted_tokens_per_s", "predicted_fits", "error_pct", "binding")
+        (
+            "predicted_gib",
+            "low_gib",
+            "high_gib",
+            "predicted_tokens_per_s",
+            "predicted_fits",
+            "error_pct",
+            "binding",
+            "predicted_device_gib",
+        )
     )
     if row.run is not None:
         blank |= _predictions(row, row.run)
@@ -71,6 +83,7 @@ def _score_row(row: Published) -> Scored:
         id=row.id,
         kind=measured.kind,
         measured_gib=measured.memory_gib,
+        measured_device_gib=measured.device_gib if measured.outcome == "ok" else None,
         measured_tokens_per_s=measured.tokens_per_s_per_gpu,
         outcome=measured.outcome,
         skipped=row.skipped,
@@ -91,6 +104,7 @@ def _predictions(row: Published, run: Run) -> dict[str, Any]:
         "error_pct": _error(predicted, row.measured.memory_gib),
         "predicted_tokens_per_s": predict_tokens_per_s(run) if asks_speed else None,
         "predicted_fits": memory.fits(estimate) if run.knows_gpu else None,
+        "predicted_device_gib": estimate.device_bytes.expected / _GIB,
         "binding": estimate.binding,
     }
 
@@ -126,6 +140,7 @@ def _figures(rows: Sequence[Scored]) -> dict[str, Any]:
         "memory": {
             "allocated": memory_figures([row for row in rows if row.kind == "allocated"]),
             "device": memory_figures([row for row in rows if row.kind not in ("allocated", None)]),
+            "nvidia_smi": _nvidia_smi(rows),
         },
         "speed": _speed(rows),
     }
@@ -142,6 +157,18 @@ def memory_figures(rows: Sequence[Scored]) -> dict[str, Any]:
         "p95_abs_pct": _quantile(errors, 0.95),
         "bias_pct": _rounded(statistics.fmean, errors),
         "in_interval_pct": _rounded(statistics.fmean, [100.0 * each for each in inside]),
+    }
+
+
+def _nvidia_smi(rows: Sequence[Scored]) -> dict[str, Any]:
+    """The same for nvidia-smi's reading beside an allocator's: how far the cache grows, not what a run needs."""
+    errors = [error for row in rows if (error := _error(row.predicted_device_gib, row.measured_device_gib)) is not None]
+    return {
+        "n": len(errors),
+        "median_abs_pct": _quantile(errors, 0.5),
+        "p95_abs_pct": _quantile(errors, 0.95),
+        "bias_pct": _rounded(statistics.fmean, errors),
+        "in_interval_pct": None,
     }
 
 

@@ -40,6 +40,11 @@ class StackProfile:
     """Low and high of the peak relative to the expected value."""
     state_band: tuple[float, float] | None = None
     """The same for what does not depend on the batch, where it is known better than activations; None: peak_band."""
+    reserve: tuple[float, float] | None = None
+    """What the caching allocator holds beyond its peak, as shares of the largest activations and of the largest
+    logits; None: `fragmentation`, which is enough where expandable segments are on."""
+    pressure: float = 0.0
+    """Share of the bytes of activations and logits that stays unusable even when the device is full."""
     sharding: str = "deepspeed"
     """Who shards: deepspeed | fsdp. FSDP gathers whole units beside the shards and has no buckets."""
     shard_ranks: int | None = None
@@ -95,4 +100,3 @@ OUR_STACK = StackProfile(
 """Logits: forward holds them, their fp32 copy and its log-softmax; backward the log-softmax, its gradient and the
 fp32 logits' gradient (worker/loss.py; traced in tests/train/test_memory_model.py). Context and NCCL: Bekman's
 measurements on A100, torch 2.x."""
-

@@ -30,14 +30,19 @@ HF_TRAINER = replace(
     scales_sharded=False,
     dequantizes_whole=False,
     ddp_extra_gradient_copy=True,
-    communicator_bytes=int(1.0 * GIB),
-    context_bytes=int(0.6 * GIB),
-    fragmentation=(1.02, 1.18, 1.6),
+    communicator_bytes=int(1.6 * GIB),
+    context_bytes=int(1.0 * GIB),
+    reserve=(0.1, 0.3),
+    pressure=0.05,
     peak_band=(0.92, 1.08),
     state_band=(0.98, 1.02),
 )
 """Hugging Face Trainer (and what is built on it) with transformers 4.x on torch 2.x: adapters in fp32 (PEFT), multi-
-tensor AdamW, one more parameter-sized list in its step (10.0 and 20.0 bytes per parameter, measured)."""
+tensor AdamW, one more parameter-sized list in its step (10.0 and 20.0 bytes per parameter, measured). Expandable segments are off: what nvidia-smi shows beyond the peak grows
+with the tensors of a micro-batch."""
+_EXPANDABLE: dict[str, Any] = {"reserve": None, "pressure": 0.0, "fragmentation": (1.0, 1.08, 1.25)}
+_FSDP_RESERVE: dict[str, Any] = {"reserve": (0.2, 0.0), "pressure": 0.13}
+"""Gathered units come and go between activations, so that more of the allocator's blocks fit nothing else."""
 
 _STACKS: dict[str, StackProfile] = {
     profile.name: profile
@@ -47,7 +52,12 @@ _STACKS: dict[str, StackProfile] = {
         replace(HF_TRAINER, name="llama-factory"),
         replace(HF_TRAINER, name="axolotl", foreach=False),
         replace(
-            HF_TRAINER, name="unsloth", logits=_KEPT_FUSED_LOSS, layer_temporaries=_FAST_LAYER, foreach=False
+            HF_TRAINER,
+            name="unsloth",
+            logits=_KEPT_FUSED_LOSS,
+            layer_temporaries=_FAST_LAYER,
+            foreach=False,
+            **_EXPANDABLE,
         ),
         replace(
             HF_TRAINER,
@@ -64,9 +74,10 @@ _STACKS: dict[str, StackProfile] = {
             foreach=False,
             logits=(12.0, 6.0),
             layer_temporaries=_FAST_LAYER,
-            fragmentation=(1.0, 1.04, 1.2),
+            **_EXPANDABLE,
         ),
-        replace(HF_TRAINER, name="llm-foundry", layer_temporaries=_FAST_LAYER),
+        # Its default cross-entropy is flash-attention's, in place on 16-bit logits.
+        replace(HF_TRAINER, name="llm-foundry", logits=(4.0, 6.0), layer_temporaries=_FAST_LAYER),
         replace(HF_TRAINER, name="fms-fsdp", layer_temporaries=_FAST_LAYER, foreach=False),
         replace(HF_TRAINER, name="nemo-automodel", layer_temporaries=_FAST_LAYER, foreach=False),
         OUR_STACK,
@@ -96,7 +107,7 @@ def stack_of(setup: Mapping[str, Any], model: ModelShape) -> StackProfile:
         adapter_bytes=base.adapter_bytes or 4,
         foreach=_foreach(setup, base),
         optimizer_in_backward=bool(setup.get("optimizer_in_backward")),
-        adapter_input_bytes=2 if setup.get("autocast") or base.adapter_bytes == 2 else 4,
+        adapter_input_bytes=_adapter_input_bytes(setup, base),
         residual_fp32=bool(setup.get("kbit_fp32_upcast")) and not fsdp,
         backward_keeps_residuals=sharding in ("fsdp", "hsdp") and base.adapter_bytes != 2,
         activations_offloaded="activations" in (setup.get("offload") or ()),
@@ -104,7 +115,15 @@ def stack_of(setup: Mapping[str, Any], model: ModelShape) -> StackProfile:
         compiled=_COMPILED if setup.get("compile") else 1.0,
         quantization=str(setup.get("quantization") or "nf4"),
     )
+    if fsdp and base.reserve is not None:
+        profile = replace(profile, **_FSDP_RESERVE)
     return _with_loss(profile, setup, model)
+
+
+def _adapter_input_bytes(setup: Mapping[str, Any], base: StackProfile) -> int:
+    """fp32 adapters read a cast copy of their input, unless autocast casts the adapters or a fused kernel does both."""
+    fused = setup.get("fast_kernels") and not setup.get("lora_dropout")
+    return 2 if setup.get("autocast") or base.adapter_bytes == 2 or fused else 4
 
 
 def _shard_ranks(setup: Mapping[str, Any]) -> int:

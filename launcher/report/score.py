@@ -21,7 +21,9 @@ def _lines(scored: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     lines = [f"{scored['n']} rows of {', '.join(files)}, {scored['skipped']} skipped", ""]
     lines += ["| what | rows | median error | 95 % within | bias | inside the interval |", "|---|---|---|---|---|---|"]
     for title, part in (("", scored), (", incomplete rows", scored["incomplete"])):
-        lines += [_memory_line(f"{kind}{title}", part["memory"][kind]) for kind in ("allocated", "device")]
+        lines += [
+            _memory_line(f"{kind}{title}", part["memory"][kind]) for kind in ("allocated", "device", "nvidia_smi")
+        ]
     lines += ["", "| what | rows | median error | within 25 % |", "|---|---|---|---|"]
     for title, part in (("speed", scored), ("speed, incomplete rows", scored["incomplete"])):
         speed = part["speed"]
