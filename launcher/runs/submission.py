@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import shlex
 import shutil
@@ -21,7 +20,8 @@ from launcher.facts.command import is_temporary
 from launcher.facts.probe import associations, partitions
 from launcher.facts.site import Site
 from launcher.planning.deepspeed_config import deepspeed_config
-from launcher.planning.plan import Estimate, Plan, plan_to_json
+from launcher.planning.job import signal_lead_s
+from launcher.planning.plan import Plan, plan_to_json
 from launcher.recipe.load import recipe_to_yaml
 from launcher.recipe.schema import Recipe
 from launcher.runs.environment import environment_facts
@@ -40,8 +40,6 @@ _FOREIGN_NAMES = frozenset(
     {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 )
 """Variables of a job or launcher around this process; inherited, they would contradict the new job's own."""
-_SAVE_BYTES_S = 500e6
-"""Cautious speed of a shared file system that takes a checkpoint."""
 
 
 def create_run(recipe_text: str, recipe: Recipe, plan: Plan, site: Site, parent: Path) -> RunFolder:
@@ -108,17 +106,6 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
     return request
 
 
-def signal_lead_s(chosen: Estimate, time_min: int | None) -> int:
-    """Seconds before the time limit at which the job is told to stop.
-
-    At least two slow steps and two checkpoint writes; where the limit allows, up to two minutes, never above a
-    quarter of the limit for comfort alone.
-    """
-    needed_s = 15 + 2 * chosen.step_s.high + 2 * chosen.checkpoint_bytes / _SAVE_BYTES_S
-    comfort_s = 120.0 if time_min is None else min(120.0, time_min * 60 / 4)
-    return math.ceil(max(needed_s, comfort_s))
-
-
 def _threads(plan: Plan, site: Site) -> int:
     """Threads of one rank: its CPUs, or on this machine its share of them."""
     if site.executor == "slurm":
@@ -133,6 +120,8 @@ def _environment(plan: Plan, site: Site) -> dict[str, str]:
         # Waiting threads sleep: spinning ones cost a factor of five where a core is shared with anything else.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
+        **({"LAUNCHER_CACHE": site.cache_dir} if site.cache_dir else {}),
+        **({"LAUNCHER_INTERFACE": site.network_interface} if site.network_interface else {}),
     } | site.env
     package = Path(launcher.__file__).resolve().parents[1]
     if package != Path(sysconfig.get_paths()["purelib"]).resolve():
