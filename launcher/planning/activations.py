@@ -60,7 +60,7 @@ def _measured_layer(model: ModelShape, candidate: Candidate, stack: StackProfile
     Of routed experts each token keeps 6f per expert it visits, while one expert at a time is worked on.
     """
     size = DTYPE_BYTES[candidate.precision]
-    total = (8 if model.norm == "RMSNorm" else 6) * model.norms_per_layer * model.hidden
+    total: float = (8 if model.norm == "RMSNorm" else 6) * model.norms_per_layer * model.hidden
     total += 4 * model.q_width + 4 * model.kv_width + (stack.layer_temporaries or 0.0) * model.hidden
     if model.qk_norm:
         total += 7 * (model.q_width + model.kv_width)
@@ -191,7 +191,7 @@ def stored_bytes_per_token(model: ModelShape, candidate: Candidate, stack: Stack
     """Bytes per token alive between forward and backward, all layers together."""
     if not candidate.gradient_checkpointing:
         return model.layers * layer_activation_bytes_per_token(model, candidate) * stack.compiled
-    per_layer = residual_bytes(candidate, stack) * model.hidden
+    per_layer: float = residual_bytes(candidate, stack) * model.hidden
     if stack.selective_checkpointing:
         per_layer += _every_second_product(model, candidate)
     layers = min(2, model.layers) if stack.activations_offloaded else model.layers

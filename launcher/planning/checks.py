@@ -9,7 +9,8 @@ from launcher.facts.gpu import gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.deepspeed_config import override_problems
-from launcher.planning.trainable import targeted
+from launcher.planning.plan import LoraNumbers
+from launcher.planning.trainable import expert_problem, targeted
 from launcher.recipe.schema import LORA_METHODS, Recipe
 
 
@@ -28,7 +29,23 @@ def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
             targeted(model, recipe.lora.target_modules)
         except RecipeError as error:
             problems += error.problems
+        problems += _expert_problems(recipe, model)
     raise_all(RecipeError, problems)
+
+
+def _expert_problems(recipe: Recipe, model: ModelShape) -> list[str]:
+    """What PEFT refuses on fused experts, as far as the recipe says it itself."""
+    asked = recipe.lora
+    lora = LoraNumbers(
+        r=1,
+        lora_alpha=1.0,
+        lora_dropout=asked.lora_dropout if isinstance(asked.lora_dropout, float) else 0.0,
+        target_modules=asked.target_modules,
+        use_rslora=asked.use_rslora,
+        use_dora=recipe.method == "dora",
+    )
+    problem = expert_problem(model, lora)
+    return [problem] if problem else []
 
 
 def node_limit(recipe: Recipe, site: Site) -> tuple[int, str]:

@@ -26,8 +26,8 @@ from launcher.planning.activations import (
 )
 from launcher.planning.plan import DTYPE_BYTES, Candidate, Interval, MemoryEstimate
 from launcher.planning.stack import OUR_STACK, StackProfile
-from launcher.planning.states import States, states, weight_bytes
-from launcher.planning.trainable import trainable_params
+from launcher.planning.states import States, states, trained_element_bytes, weight_bytes
+from launcher.planning.trainable import expert_targets, trainable_params
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "runtime")
 _CPU_USABLE = 0.9
@@ -231,9 +231,25 @@ def _gathered(model: ModelShape, candidate: Candidate, stack: StackProfile, when
         total += size * _autocast_casts(model, candidate, when)
     if when == "layer" and candidate.zero_stage == 0 and stack.trained_bytes is not None and candidate.method == "full":
         total += stack.trained_bytes * model.vocab * model.hidden  # the head's gradient is there first
+    total += _merged_experts(model, candidate, stack, when)
     if candidate.quant is not None and when == "layer" and stack.dequantizes_whole:
         total += size * max(linear.in_features * linear.out_features for linear in model.linears)
     return total
+
+
+def _merged_experts(model: ModelShape, candidate: Candidate, stack: StackProfile, when: str) -> float:
+    """Fused experts with adapters are used merged: PEFT forms their update whole and adds it to a copy of the weights.
+
+    A layer's backward holds update and sum; without checkpointing every layer keeps its sum from forward on.
+    """
+    if candidate.lora is None or stack.experts_quantized:  # separate linear modules need no merging
+        return 0.0
+    if not expert_targets(model, candidate.lora.target_modules) - {"router"}:
+        return 0.0
+    size = DTYPE_BYTES[candidate.precision]
+    kept = 0 if candidate.gradient_checkpointing else model.layers
+    working = trained_element_bytes(candidate, stack) if when == "layer" else 0
+    return model.expert_params_per_layer * (size * max(kept, 1 if working else 0) + working)
 
 
 def _fsdp_live(model: ModelShape, candidate: Candidate, stack: StackProfile, when: str) -> float:
@@ -243,7 +259,7 @@ def _fsdp_live(model: ModelShape, candidate: Candidate, stack: StackProfile, whe
     every block from forward to backward.
     """
     size = DTYPE_BYTES[candidate.precision]
-    root = size * model.embedding_params
+    root: float = size * model.embedding_params
     if candidate.zero_stage == 2:
         root += model.layers * _block_bytes(model, candidate, stack)
     if when != "layer":

@@ -38,8 +38,8 @@ HF_TRAINER = replace(
     state_band=(0.98, 1.02),
 )
 """Hugging Face Trainer (and what is built on it) with transformers 4.x on torch 2.x: adapters in fp32 (PEFT), multi-
-tensor AdamW, one more parameter-sized list in its step (10.0 and 20.0 bytes per parameter, measured). Expandable segments are off: what nvidia-smi shows beyond the peak grows
-with the tensors of a micro-batch."""
+tensor AdamW, one more parameter-sized list in its step (10.0 and 20.0 bytes per parameter, measured). Expandable
+segments are off: what nvidia-smi shows beyond the peak grows with the tensors of a micro-batch."""
 _EXPANDABLE: dict[str, Any] = {"reserve": None, "pressure": 0.0, "fragmentation": (1.0, 1.08, 1.25)}
 _FSDP_RESERVE: dict[str, Any] = {"reserve": (0.2, 0.0), "pressure": 0.13}
 """Gathered units come and go between activations, so that more of the allocator's blocks fit nothing else."""

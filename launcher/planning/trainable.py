@@ -10,6 +10,12 @@ from launcher.facts.shape import Linear, ModelShape
 from launcher.planning.plan import Candidate, LoraNumbers
 
 ALL_LINEAR = "all-linear"
+_EXPERT_TARGETS = {
+    "mixtral": {"w1": "gate_up", "w3": "gate_up", "w2": "down", "gate": "router"},
+    "qwen3_moe": {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down", "gate": "router"},
+}
+"""Family -> names of the modules that fused experts were before transformers 5, and the fused part each is in now.
+PEFT still takes these names, and `all-linear` includes them (peft 0.21, utils/transformers_weight_conversion.py)."""
 
 
 def trainable_params(model: ModelShape, candidate: Candidate) -> int:
@@ -40,11 +46,46 @@ def lora_params(model: ModelShape, lora: LoraNumbers, *, allocation: bool = Fals
         pair = lora.r * (linear.in_features + linear.out_features)
         return pair + (linear.out_features if lora.use_dora else 0) + (lora.r if allocation else 0)
 
-    return model.layers * sum(map(per_module, layered)) + sum(map(per_module, single))
+    experts = sum(_expert_part_params(model, lora.r, part) for part in expert_targets(model, lora.target_modules))
+    return model.layers * (sum(map(per_module, layered)) + experts) + sum(map(per_module, single))
+
+
+def expert_targets(model: ModelShape, targets: str | Sequence[str]) -> frozenset[str]:
+    """Fused parts of a mixture-of-experts layer that adapters sit on: gate_up, down, router; empty elsewhere."""
+    names = _EXPERT_TARGETS.get(model.family, {}) if model.experts else {}
+    if targets == ALL_LINEAR:
+        return frozenset(names.values())
+    wanted = (targets,) if isinstance(targets, str) else targets
+    return frozenset(names[last] for target in wanted if (last := target.rpartition(".")[2]) in names)
+
+
+def expert_problem(model: ModelShape, lora: LoraNumbers) -> str | None:
+    """Why PEFT cannot put this adapter on fused experts, or None: neither DoRA nor dropout works there."""
+    if not expert_targets(model, lora.target_modules) - {"router"} or not (lora.use_dora or lora.lora_dropout > 0):
+        return None
+    why = "method: dora" if lora.use_dora else f"lora.lora_dropout: {lora.lora_dropout:g}"
+    attention = ", ".join(linear.name for linear in model.linears)
+    return (
+        f"lora.target_modules: {why} does not work on the fused experts of {model.name}; set lora.lora_dropout: 0 and "
+        f"method: lora, or name attention layers only: [{attention}]"
+    )
+
+
+def _expert_part_params(model: ModelShape, rank: int, part: str) -> int:
+    """Adapter elements of one layer: a pair of matrices per expert; the fused gate and up share one of twice the rank.
+
+    Measured on Mixtral, Qwen3-MoE and OLMoE shapes with peft 0.21 (tests/train/test_model_shapes.py).
+    """
+    hidden, width = model.hidden, model.intermediate
+    if part == "gate_up":
+        return 2 * rank * model.experts * (hidden + 2 * width)
+    if part == "down":
+        return rank * model.experts * (width + hidden)
+    return rank * (hidden + model.experts)
 
 
 def targeted(model: ModelShape, targets: str | Sequence[str]) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
-    """Modules that `target_modules` selects: (once per layer, once per model).
+    """Linear modules that `target_modules` selects: (once per layer, once per model); experts: `expert_targets`.
 
     Raises:
         RecipeError: a name that matches nothing; the message lists the model's own names.
@@ -54,6 +95,7 @@ def targeted(model: ModelShape, targets: str | Sequence[str]) -> tuple[tuple[Lin
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     outer = _outside_layers(model)
     lost = [name for name in names if not any(_matches(linear, name) for linear in (*model.linears, *outer))]
+    lost = [name for name in lost if not expert_targets(model, (name,))]
     if lost or not names:
         raise RecipeError(_no_match(model, lost))
     layered = tuple(linear for linear in model.linears if any(_matches(linear, name) for name in names))

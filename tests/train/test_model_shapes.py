@@ -2,12 +2,15 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.facts.model import model_shape
+from launcher.planning.plan import LoraNumbers
+from launcher.planning.trainable import lora_params
 from launcher.recipe.schema import ModelSection
 
 SMALL = {
@@ -100,3 +103,14 @@ def test_a_saved_config_of_today_is_read(tmp_path):
         written["num_hidden_layers"],
         written["num_key_value_heads"],
     )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_adapters_on_mixtures_have_the_planned_size(name, targets, tmp_path):
+    """PEFT's all-linear adapts fused experts and router too; naming attention layers leaves them alone."""
+    model, shape = build(name, tmp_path)
+    lora = LoraNumbers(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules=targets, use_rslora=False, use_dora=False)
+    config = peft.LoraConfig(r=4, target_modules=targets if isinstance(targets, str) else list(targets))
+    adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    assert lora_params(shape, lora) == sum(each.numel() for each in adapted.parameters() if each.requires_grad)
