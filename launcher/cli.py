@@ -17,6 +17,7 @@ from launcher import __version__
 from launcher.errors import JobFailedError, LauncherError
 
 if TYPE_CHECKING:
+    from launcher.planning.objective import Objective
     from launcher.runs.folder import RunFolder
 
 _SBATCH_FLAGS = {
@@ -109,6 +110,19 @@ _run_argument = click.argument("run", shell_complete=_complete_run)
 _runs_option = click.option(
     "--runs", "parent", type=click.Path(path_type=Path), help="Folder that holds the runs [$LAUNCHER_RUNS or ./runs]."
 )
+_objective_option = click.option(
+    "--objective",
+    type=click.Choice(["time", "cost", "quality"]),
+    default="time",
+    show_default=True,
+    help="Earliest result within the budget, fewest GPU-hours, or the best method the budget allows.",
+)
+_queue_option = click.option(
+    "--queue/--no-queue",
+    "ask_queue",
+    default=None,
+    help="Ask Slurm when each alternative would start (sbatch --test-only) [only where the site's Slurm is here].",
+)
 _WITH_OVERRIDES = {"ignore_unknown_options": True}
 
 
@@ -130,7 +144,17 @@ def _notices(notices: Sequence[str]) -> None:
 @_json_flag
 @click.option("--explain", is_flag=True, help="Show every memory and time term with its formula.")
 @click.option("--alternatives", is_flag=True, help="Show every alternative, the rejected ones too.")
-def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, explain: bool, alternatives: bool) -> None:
+@_objective_option
+@_queue_option
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    explain: bool,
+    alternatives: bool,
+    objective: Objective,
+    ask_queue: bool | None,
+) -> None:
     """Say what will run, whether it fits, how long it takes, what it costs and why."""
     from launcher.errors import DoesNotFitError
     from launcher.planning.plan import plan_to_json
@@ -139,7 +163,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, explain: bool, 
 
     refused: DoesNotFitError | None = None
     try:
-        planned = plan_recipe(find_recipe(recipe), _overrides(overrides))
+        planned = plan_recipe(find_recipe(recipe), _overrides(overrides), objective=objective, ask_queue=ask_queue)
         _notices(planned.loaded.notices)
         decided = planned.plan
     except DoesNotFitError as error:
@@ -198,6 +222,8 @@ def _sbatch_options(command: Any) -> Any:
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; touch nothing.")
 @click.option("--print-sbatch", is_flag=True, help="Write the run folder and print a script for plain sbatch.")
 @_json_flag
+@_objective_option
+@_queue_option
 @_sbatch_options
 def submit(
     recipe: str,
@@ -207,6 +233,8 @@ def submit(
     dry_run: bool,
     print_sbatch: bool,
     as_json: bool,
+    objective: Objective,
+    ask_queue: bool | None,
     **sbatch_flags: str | None,
 ) -> None:
     """Check everything that can be checked, then submit (or run here with --local)."""
@@ -216,7 +244,8 @@ def submit(
 
     chosen = [f"{_SBATCH_FLAGS[flag]}={value}" for flag, value in sbatch_flags.items() if value is not None]
     chosen += ["slurm.site=local"] if local else []
-    planned = plan_recipe(find_recipe(recipe), [*_overrides(overrides), *chosen])
+    asked = [*_overrides(overrides), *chosen]
+    planned = plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue)
     _notices(planned.loaded.notices)
     if dry_run:
         request, notices = launching.dry_run(planned)

@@ -74,7 +74,9 @@ def _powers_of_two(limit: int) -> list[int]:
 def _node_counts(recipe: Recipe, site: Site) -> list[int]:
     if isinstance(recipe.slurm.nodes, int):
         return [recipe.slurm.nodes]
-    return _powers_of_two(node_limit(recipe, site)[0])
+    most = node_limit(recipe, site)[0]
+    total = recipe.train.global_batch_size
+    return [nodes for nodes in range(1, min(most, total) + 1) if total % nodes == 0]
 
 
 def _ranks_per_node(recipe: Recipe, site: Site, nodes: int) -> list[int]:
@@ -150,8 +152,18 @@ def _micro_batches(recipe: Recipe, layout: Layout, device: str) -> list[int]:
     if isinstance(asked, int):
         return [asked]
     share = recipe.train.global_batch_size // layout.world_size
-    useful = max(1, _USEFUL_TOKENS[device] // recipe.data.max_seq_length)
+    return _useful_micro_batches(share, recipe.data.max_seq_length, device)
+
+
+def _useful_micro_batches(share: int, seq_len: int, device: str) -> list[int]:
+    useful = max(1, _USEFUL_TOKENS[device] // seq_len)
     return [size for size in _powers_of_two(min(share, useful)) if share % size == 0 and size & (size - 1) == 0]
+
+
+def largest_micro_batch(candidate: Candidate) -> int:
+    """The largest micro-batch that was considered for this candidate's layout."""
+    share = candidate.micro_batch * candidate.gradient_accumulation
+    return _useful_micro_batches(share, candidate.seq_len, candidate.device)[-1]
 
 
 def _base(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.facts.dataset import DatasetFacts
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning import host, memory, speed
 from launcher.planning.candidates import misaligned_for_nvme
+from launcher.planning.objective import Objective
 from launcher.planning.plan import Candidate, Estimate, MemoryEstimate
 from launcher.planning.trainable import trainable_params
 from launcher.recipe.schema import Recipe
@@ -27,10 +28,19 @@ class Task:
     model: ModelShape
     data: DatasetFacts
     site: Site
+    objective: Objective = "time"
+    known: dict[Candidate, Estimate] = field(default_factory=dict, compare=False, repr=False)
+    """Estimates made so far. Tasks that differ in what the recipe leaves open share them: a candidate has it all."""
 
 
 def estimate(task: Task, candidate: Candidate) -> Estimate:
-    """Predict memory, time and cost of one candidate."""
+    """Predict memory, time and cost of one candidate; each once per task."""
+    if candidate not in task.known:
+        task.known[candidate] = _estimate(task, candidate)
+    return task.known[candidate]
+
+
+def _estimate(task: Task, candidate: Candidate) -> Estimate:
     model, site = task.model, task.site
     needed = memory.estimate_memory(model, candidate, site)
     host_bytes = host.host_ram_bytes_per_node(model, candidate)

@@ -9,7 +9,9 @@ from pathlib import Path
 from launcher.facts.dataset import DatasetFacts, dataset_facts
 from launcher.facts.model import ModelShape, model_shape
 from launcher.facts.site import Site, site_facts
+from launcher.planning.objective import Objective
 from launcher.planning.plan import Plan
+from launcher.planning.queue import queue_of
 from launcher.planning.search import make_plan
 from launcher.recipe.load import LoadedRecipe, load_recipe_with_notices
 from launcher.recipe.schema import Recipe
@@ -31,8 +33,16 @@ class Planned:
         return self.loaded.recipe
 
 
-def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Planned:
+def plan_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    objective: Objective = "time",
+    ask_queue: bool | None = False,
+) -> Planned:
     """Load a recipe, gather the facts and decide.
+
+    `ask_queue`: whether Slurm is asked when each alternative would start; None = where the site's own Slurm is here.
 
     Raises:
         RecipeError, DataError, ModelError, ClusterError: what the stage that failed found.
@@ -44,4 +54,6 @@ def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> Planned:
     local = Path(recipe.model.name_or_path)
     data = dataset_facts(recipe.data, local if local.is_dir() else None)
     site = site_facts(recipe.slurm.site)
-    return Planned(loaded=loaded, model=model, data=data, site=site, plan=make_plan(recipe, model, data, site))
+    queue = queue_of(recipe, site, wanted=ask_queue)
+    plan = make_plan(recipe, model, data, site, objective=objective, queue=queue)
+    return Planned(loaded=loaded, model=model, data=data, site=site, plan=plan)

@@ -1,75 +1,111 @@
-"""The smallest changes of a recipe that would make it fit, when nothing it allows does."""
+"""The smallest changes of a recipe that would make it fit, when what it allows does not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from launcher.errors import RecipeError
-from launcher.planning.checks import node_limit
+from launcher.errors import LauncherError
+from launcher.planning import memory
 from launcher.planning.estimate import GIB, Task
+from launcher.planning.explore import every
+from launcher.planning.objective import fewest
 from launcher.planning.plan import Candidate, Estimate
+from launcher.planning.resolve import pin
+from launcher.planning.retreat import RETREAT, SAME_METHOD, Step
 from launcher.recipe.schema import AUTO, Recipe
 
 _SHOWN = 3
+_LONGEST_ROW = 1 << 20
+_ROW_GRAIN = 128
 
 
-def nearest_that_fits(
-    task: Task,
-    chosen: Estimate,
-    best: Callable[[Task, str], Estimate],
-    freed: Callable[[Recipe, str], Recipe],
-) -> list[str]:
-    """What to change, least first, each with the peak it leads to; at most three, empty when nothing helps."""
+def nearest_that_fits(task: Task, chosen: Estimate) -> list[str]:
+    """What to change in the recipe, least first, each with the peak it leads to; at most three, or none."""
     found: list[str] = []
-    for recipe, method in _relaxations(task, chosen.candidate, freed):
-        try:
-            relaxed = best(replace(task, recipe=recipe), method)
-        except RecipeError:
-            continue
-        if relaxed.fits:
-            said = _difference(task.recipe, chosen.candidate, relaxed.candidate)
-            sentence = f"{said} ({relaxed.memory.peak_bytes.expected / GIB:.1f} GiB per GPU)"
-            if said and sentence not in found:
-                found.append(sentence)
+    ways = set[tuple[str, int]]()
+    for said, relaxed in _that_fit(task, task.recipe, chosen.candidate):
+        way = (relaxed.candidate.method, relaxed.candidate.seq_len)
+        if way not in ways:
+            ways.add(way)
+            found.append(f"{said} ({relaxed.memory.peak_bytes.expected / GIB:.1f} GiB per GPU)")
         if len(found) == _SHOWN:
             break
     return found
 
 
-def _relaxations(task: Task, now: Candidate, freed: Callable[[Recipe, str], Recipe]) -> Iterator[tuple[Recipe, str]]:
-    """Recipes with ever more left open: batch and checkpointing, sharding, twice the nodes, any number, method."""
-    recipe, method = task.recipe, now.method
-    batch = replace(
-        recipe,
-        method=method,
-        train=replace(recipe.train, per_device_train_batch_size=AUTO, gradient_checkpointing=AUTO),
-    )
-    yield batch, method
-    sharded = replace(
-        batch,
-        train=replace(batch.train, optim=AUTO),
-        deepspeed=replace(recipe.deepspeed, stage=AUTO, offload_optimizer=AUTO, offload_param=AUTO),
-    )
-    yield sharded, method
-    if 2 * now.nodes <= node_limit(recipe, task.site)[0]:
-        yield replace(sharded, slurm=replace(recipe.slurm, nodes=2 * now.nodes)), method
-    yield replace(sharded, slurm=replace(recipe.slurm, nodes=AUTO, gpus_per_node=AUTO)), method
-    for other in ("lora", "qlora"):
-        if other != method:
-            yield freed(recipe, other), other
-    for other in ("lora", "qlora"):
-        changed = freed(recipe, other)
-        yield replace(changed, slurm=replace(recipe.slurm, nodes=AUTO, gpus_per_node=AUTO)), other
+def smallest_change(task: Task, rejected: Estimate) -> str | None:
+    """What would make one rejected candidate fit, everything else of it kept; None where nothing does."""
+    pinned = pin(task.recipe, rejected.candidate)
+    return next((said for said, _ in _that_fit(task, pinned, rejected.candidate)), None)
+
+
+def _that_fit(task: Task, recipe: Recipe, now: Candidate) -> Iterator[tuple[str, Estimate]]:
+    """Changes in the order of retreat that lead to something that fits.
+
+    One step alone, all steps that keep the method, one that changes method, rank or rows, and that on any GPUs.
+    """
+    keeping, changing = RETREAT[:SAME_METHOD], RETREAT[SAME_METHOD:]
+    together = _together(recipe, now, keeping)
+    seen: list[Recipe] = [recipe]
+    for group in (_each(recipe, now, keeping), together, _each(recipe, now, changing)):
+        for changed in group:
+            if changed not in seen:
+                seen.append(changed)
+                yield from _if_it_fits(task, recipe, now, changed)
+    for changed in _each(together[-1], now, changing):
+        yield from _if_it_fits(task, recipe, now, changed)
+
+
+def _if_it_fits(task: Task, recipe: Recipe, now: Candidate, changed: Recipe) -> Iterator[tuple[str, Estimate]]:
+    method = now.method if changed.method == AUTO else changed.method
+    try:
+        relaxed = fewest(every(replace(task, recipe=changed), method))
+    except LauncherError:
+        return
+    said = _difference(recipe, now, relaxed.candidate)
+    if relaxed.fits and said:
+        yield said, relaxed
+
+
+def _each(recipe: Recipe, now: Candidate, steps: Sequence[Step]) -> Iterator[Recipe]:
+    for step in steps:
+        yield from step.relax(recipe, now)
+
+
+def _together(recipe: Recipe, now: Candidate, steps: Sequence[Step]) -> list[Recipe]:
+    """The recipe after the first step, after the first two, and so on."""
+    found = []
+    for step in steps:
+        for changed in step.relax(recipe, now):
+            recipe = changed
+        found.append(recipe)
+    return found
 
 
 def _difference(recipe: Recipe, old: Candidate, new: Candidate) -> str:
     """Which recipe keys must change to get from one candidate to the other; what is auto changes by itself."""
     said = [f"method: {new.method}"] if new.method != old.method else []
+    for key, (asked, before, after) in _changes(recipe, old, new).items():
+        if asked != AUTO and before != after:
+            accumulation = f" with accumulation {new.gradient_accumulation}" if key.endswith("batch_size") else ""
+            said.append(f"{key}: {str(after).lower() if isinstance(after, bool) else after}{accumulation}")
+    return ", ".join(said)
+
+
+def _changes(recipe: Recipe, old: Candidate, new: Candidate) -> dict[str, tuple[object, object, object]]:
+    """Recipe key -> (asked for, in the old candidate, in the new one)."""
     slurm, deepspeed, train = recipe.slurm, recipe.deepspeed, recipe.train
-    pinned = {
+    lengths = (recipe.data.max_seq_length, old.seq_len, new.seq_len)
+    changes: dict[str, tuple[object, object, object]] = {
         "slurm.nodes": (slurm.nodes, old.nodes, new.nodes),
         "slurm.gpus_per_node": (slurm.gpus_per_node, old.gpus_per_node, new.gpus_per_node),
+        "data.max_seq_length": lengths,
+    }
+    if new.method == old.method:
+        before, after = (each.lora.r if each.lora else None for each in (old, new))
+        changes["lora.r"] = (before, before, after)
+    return changes | {
         "deepspeed.stage": (deepspeed.stage, old.zero_stage, new.zero_stage),
         "deepspeed.offload_optimizer": (deepspeed.offload_optimizer, old.offload_optimizer, new.offload_optimizer),
         "deepspeed.offload_param": (deepspeed.offload_param, old.offload_param, new.offload_param),
@@ -80,7 +116,19 @@ def _difference(recipe: Recipe, old: Candidate, new: Candidate) -> str:
         ),
         "train.per_device_train_batch_size": (train.per_device_train_batch_size, old.micro_batch, new.micro_batch),
     }
-    for key, (asked, before, after) in pinned.items():
-        if asked != AUTO and before != after:
-            said.append(f"{key}: {str(after).lower() if isinstance(after, bool) else after}")
-    return ", ".join(said)
+
+
+def tokens_that_fit(task: Task, candidate: Candidate) -> int:
+    """Most tokens of one micro-batch (a single row) that fit this candidate's GPU; 0 where not even 128 do."""
+
+    def fits(tokens: int) -> bool:
+        alone = replace(candidate, micro_batch=1, seq_len=tokens)
+        return memory.fits(memory.estimate_memory(task.model, alone, task.site))
+
+    low, high = 0, _ROW_GRAIN
+    while high <= _LONGEST_ROW and fits(high):
+        low, high = high, 2 * high
+    while high - low > _ROW_GRAIN:
+        middle = (low + high) // 2 // _ROW_GRAIN * _ROW_GRAIN
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -59,7 +59,9 @@ def test_the_sampling_error_is_stated_and_true(tmp_path: Path, model: Path) -> N
     whole = section(write(tmp_path / "all.jsonl", rows), max_seq_length=512)
     facts = dataset_facts(whole, model)
     parts = [
-        dataset_facts(section(write(tmp_path / f"{start}.jsonl", rows[start : start + 2000]), max_seq_length=512), model)
+        dataset_facts(
+            section(write(tmp_path / f"{start}.jsonl", rows[start : start + 2000]), max_seq_length=512), model
+        )
         for start in range(0, len(rows), 2000)
     ]
     true = sum(part.tokens for part in parts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from launcher.errors import DoesNotFitError
 from launcher.facts.dataset import DatasetFacts
 from launcher.facts.model import model_shape
@@ -23,6 +25,7 @@ from launcher.recipe.schema import (
 
 GIB = 2**30
 LLAMA_70B, LLAMA_8B, MIXTRAL = "meta-llama/Llama-3.1-70B", "meta-llama/Llama-3.1-8B", "mistralai/Mixtral-8x7B-v0.1"
+MISTRAL, QWEN_HALF = "mistralai/Mistral-7B-v0.1", "Qwen/Qwen2.5-0.5B"
 
 A100 = Site(
     name="a100",
@@ -76,3 +79,10 @@ def plan_of(recipe: Recipe, site: Site = A100, data: DatasetFacts = DATA) -> Pla
     except DoesNotFitError as error:
         plan: Plan = error.plan
         return plan
+
+
+def refused(recipe: Recipe, site: Site = A100, data: DatasetFacts = DATA) -> DoesNotFitError:
+    """The refusal of a recipe that does not fit."""
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(recipe, model_shape(recipe.model), data, site)
+    return caught.value
