@@ -7,8 +7,8 @@ here looks at a measured number to make a prediction.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from launcher.facts.model import model_shape
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.candidates import buckets
-from launcher.planning.plan import Candidate, LoraNumbers, QuantNumbers
+from launcher.planning.plan import Buckets, Candidate, LoraNumbers, QuantNumbers
 from launcher.planning.speed_profile import OUR_SPEED, SpeedProfile, speed_of
 from launcher.planning.stack import StackProfile
 from launcher.planning.stacks import stack_of
-from launcher.planning.trainable import lora_params
+from launcher.planning.trainable import ALL_LINEAR, lora_params
 from launcher.recipe.schema import ModelSection
 
 _STAGES = {
@@ -34,6 +34,10 @@ _METHODS = {"full": "full", "sft": "full", "lora": "lora", "qlora": "qlora", "do
 _ATTENTION = {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_DEFAULT_BUCKET, _DEFAULT_LIVE = 500_000_000, 1_000_000_000
+_ASSUMED_RANK = 16
+"""Adapters are a percent of a model: where a row leaves rank or targets out, 16 and all-linear are close enough."""
+_QUANTIZED = ("nf4", "fp4", "gptq-int4", "int8")
 _SHOWN = 10
 _ASSUMED_GPU = "A100-80GB"
 """Where the row does not name a card: bytes do not depend on it; whether they fit is then not asked."""
@@ -71,6 +75,9 @@ class Published:
     """One row: what was measured, and the run or why it cannot be predicted."""
 
     id: str
+    model: str
+    stack: str
+    sharding: str
     complete: bool
     measured: Measured
     run: Run | None
@@ -112,6 +119,9 @@ def published(row: Mapping[str, Any]) -> Published:
             skipped = str(error)
     return Published(
         id=str(row["id"]),
+        model=str(row["model"]),
+        stack=str(setup.get("stack") or "unknown"),
+        sharding=str(setup.get("sharding") or "none"),
         complete=bool(row.get("complete", True)),
         measured=_measured(row["measured"]),
         run=run,
@@ -140,9 +150,7 @@ def _measured(measured: Mapping[str, Any]) -> Measured:
 
 def _missing(model: Any, setup: Mapping[str, Any]) -> str | None:
     """Which field must be known and is not: nothing is guessed that the answer hangs on."""
-    needed = ["method", "micro_batch", "seq_len", "gpus"]
-    if setup.get("method") in ("lora", "qlora", "dora"):
-        needed += ["lora_r", "lora_targets"]
+    needed = ["method", "micro_batch", "seq_len", "gpus", "gradient_checkpointing"]
     absent = [] if model else ["model"]
     absent += [f"setup.{key}" for key in needed if setup.get(key) in (None, "", [])]
     return f"missing: {', '.join(absent)}" if absent else None
@@ -209,8 +217,8 @@ def _candidate(model: ModelShape, setup: Mapping[str, Any], card: str, nodes: in
         max_grad_norm=1.0,
         lora=None if method == "full" else _lora(model, setup, dora=method == "dora"),
         num_virtual_tokens=None,
-        quant=_quant() if setup.get("quantization") else None,
-        buckets=buckets(model),
+        quant=_quant(setup) if setup.get("quantization") or method == "qlora" else None,
+        buckets=_buckets(model, setup),
     )
 
 
@@ -223,10 +231,10 @@ def _known(setup: Mapping[str, Any], key: str, values: Mapping[str, Any], defaul
 
 def _lora(model: ModelShape, setup: Mapping[str, Any], *, dora: bool) -> LoraNumbers:
     lora = LoraNumbers(
-        r=int(setup["lora_r"]),
-        lora_alpha=float(setup["lora_r"]),
+        r=int(setup.get("lora_r") or _ASSUMED_RANK),
+        lora_alpha=float(setup.get("lora_r") or _ASSUMED_RANK),
         lora_dropout=float(setup.get("lora_dropout") or 0.0),
-        target_modules=_targets(model, setup["lora_targets"]),
+        target_modules=_targets(model, setup.get("lora_targets") or ALL_LINEAR),
         use_rslora=False,
         use_dora=dora,
     )
@@ -234,27 +242,38 @@ def _lora(model: ModelShape, setup: Mapping[str, Any], *, dora: bool) -> LoraNum
     return lora
 
 
-def _targets(model: ModelShape, targets: str | list[str]) -> str | tuple[str, ...]:
-    """Targets as this model names them: rows say q_proj also where a model fuses its projections."""
-    if isinstance(targets, str):
-        return targets
+def _targets(model: ModelShape, targets: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Targets as this model names them: rows say q_proj and up_proj also where a model fuses its projections."""
+    if targets == ALL_LINEAR:
+        return ALL_LINEAR
+    listed = targets.replace(",", " ").split() if isinstance(targets, str) else targets
+    return tuple(dict.fromkeys(_target(model, str(target)) for target in listed))
+
+
+def _target(model: ModelShape, target: str) -> str:
     names = [linear.name for linear in model.linears]
-    if any(target in names for target in targets):
-        return tuple(targets)
-    attention, mlp = (
-        [linear.name for linear in model.linears if ("mlp" in linear.block or "ffn" in linear.block) == is_mlp]
-        for is_mlp in (False, True)
-    )
-    wanted: list[str] = []
-    for target in targets:
-        if target in _PROJECTIONS:
-            wanted.append(attention[-1] if target == "o_proj" else attention[0])
-        elif target in _MLP_PROJECTIONS and mlp:
-            wanted.append(mlp[-1] if target == "down_proj" else mlp[0])
-        else:
-            wanted.append(target)
-    return tuple(dict.fromkeys(wanted))
+    if target in names:
+        return target
+    mlp = [linear.name for linear in model.linears if "mlp" in linear.block or "ffn" in linear.block]
+    attention = [name for name in names if name not in mlp]
+    for part, projections in ((attention, _PROJECTIONS), (mlp, _MLP_PROJECTIONS)):
+        if target in projections and part:
+            return part[-1] if target == projections[-1] else part[0]
+    return target
 
 
-def _quant() -> QuantNumbers:
+def _quant(setup: Mapping[str, Any]) -> QuantNumbers:
+    kind = setup.get("quantization") or "nf4"
+    if kind not in _QUANTIZED:
+        raise _UnknownError(f"setup.quantization is {kind!r}; known: {', '.join(_QUANTIZED)}")
     return QuantNumbers(quant_type="nf4", double_quant=True, compute_dtype="bf16", storage_dtype="uint8")
+
+
+def _buckets(model: ModelShape, setup: Mapping[str, Any]) -> Buckets:
+    """DeepSpeed's defaults where others' configurations keep them: 5e8 elements a bucket in stages 1 and 2, 1e9 live
+    parameters in stage 3, whose other sizes transformers fills in from the model as we do.
+    """
+    sized = buckets(model)
+    if setup.get("sharding") == "zero3":
+        return replace(sized, max_live_elements=_DEFAULT_LIVE, max_reuse_elements=_DEFAULT_LIVE)
+    return replace(sized, reduce_elements=_DEFAULT_BUCKET, allgather_elements=_DEFAULT_BUCKET)

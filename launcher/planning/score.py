@@ -20,25 +20,29 @@ _GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """One row's prediction beside its measurement; GiB and tokens per second, both per GPU."""
+    """One row's prediction beside its measurement; GiB and tokens per second, both per GPU; None: not asked."""
 
     id: str
     kind: str | None
-    predicted_gib: float | None
-    low_gib: float | None
-    high_gib: float | None
+    predicted_gib: float | None = None
+    low_gib: float | None = None
+    high_gib: float | None = None
     measured_gib: float | None
-    error_pct: float | None
-    predicted_tokens_per_s: float | None
+    error_pct: float | None = None
+    predicted_tokens_per_s: float | None = None
     measured_tokens_per_s: float | None
-    predicted_fits: bool | None
+    predicted_fits: bool | None = None
     outcome: str
     skipped: str | None
     complete: bool
-    predicted_device_gib: float | None
+    model: str
+    stack: str
+    sharding: str
+    predicted_device_gib: float | None = None
     measured_device_gib: float | None
     """nvidia-smi's reading beside another kind."""
-    binding: str | None
+    usable_gib: float | None = None
+    binding: str | None = None
     """The moment that sets the predicted peak."""
 
     @property
@@ -65,22 +69,11 @@ def predict_tokens_per_s(run: Run) -> float:
 
 def _score_row(row: Published) -> Scored:
     measured = row.measured
-    blank: dict[str, Any] = dict.fromkeys(
-        (
-            "predicted_gib",
-            "low_gib",
-            "high_gib",
-            "predicted_tokens_per_s",
-            "predicted_fits",
-            "error_pct",
-            "binding",
-            "predicted_device_gib",
-        )
-    )
-    if row.run is not None:
-        blank |= _predictions(row, row.run)
     return Scored(
         id=row.id,
+        model=row.model,
+        stack=row.stack,
+        sharding=row.sharding,
         kind=measured.kind,
         measured_gib=measured.memory_gib,
         measured_device_gib=measured.device_gib if measured.outcome == "ok" else None,
@@ -88,7 +81,7 @@ def _score_row(row: Published) -> Scored:
         outcome=measured.outcome,
         skipped=row.skipped,
         complete=row.complete,
-        **blank,
+        **({} if row.run is None else _predictions(row, row.run)),
     )
 
 
@@ -104,6 +97,7 @@ def _predictions(row: Published, run: Run) -> dict[str, Any]:
         "error_pct": _error(predicted, row.measured.memory_gib),
         "predicted_tokens_per_s": predict_tokens_per_s(run) if asks_speed else None,
         "predicted_fits": memory.fits(estimate) if run.knows_gpu else None,
+        "usable_gib": estimate.usable_bytes / _GIB if run.knows_gpu else None,
         "predicted_device_gib": estimate.device_bytes.expected / _GIB,
         "binding": estimate.binding,
     }
@@ -131,6 +125,7 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
         **_figures([row for row in rows if row.complete]),
         "fit": _fit(rows),
         "incomplete": _figures([row for row in rows if not row.complete]),
+        "groups": {key: _groups(rows, key) for key in ("stack", "model", "sharding")},
         "rows": [asdict(row) for row in rows],
     }
 
@@ -158,6 +153,13 @@ def memory_figures(rows: Sequence[Scored]) -> dict[str, Any]:
         "bias_pct": _rounded(statistics.fmean, errors),
         "in_interval_pct": _rounded(statistics.fmean, [100.0 * each for each in inside]),
     }
+
+
+def _groups(rows: Sequence[Scored], key: str) -> dict[str, dict[str, Any]]:
+    """Errors of allocated memory group by group, incomplete rows included: do they hold beyond one stack or model?"""
+    asked = [row for row in rows if row.kind == "allocated" and row.error_pct is not None]
+    names = sorted({getattr(row, key) for row in asked})
+    return {name: memory_figures([row for row in asked if getattr(row, key) == name]) for name in names}
 
 
 def _nvidia_smi(rows: Sequence[Scored]) -> dict[str, Any]:

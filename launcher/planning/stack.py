@@ -54,6 +54,12 @@ class StackProfile:
     weights. None: fp32 in plain torch; DeepSpeed keeps an fp32 master beside the compute dtype."""
     adapter_bytes: int | None = None
     """The same for adapters; None: fp32 in plain torch, the compute dtype beside an fp32 master in DeepSpeed."""
+    frozen_bytes: int | None = None
+    """Bytes per frozen, unquantized weight; None: the compute dtype."""
+    also_trained_params: int = 0
+    """Elements of whole modules that are trained beside an adapter."""
+    moment_bytes: float | None = None
+    """Bytes of optimizer states per trained element that torch's allocator holds; None: Adam's two moments."""
     foreach: bool | None = None
     """Whether AdamW's step holds one more list of the trained tensors (multi-tensor updates); None: by optimizer."""
     optimizer_in_backward: bool = False

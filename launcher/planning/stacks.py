@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from launcher.errors import ModelError
 from launcher.facts.shape import ModelShape
 from launcher.planning.stack import GIB, OUR_STACK, StackProfile
 
@@ -33,7 +34,7 @@ HF_TRAINER = replace(
     communicator_bytes=int(1.6 * GIB),
     context_bytes=int(1.0 * GIB),
     reserve=(0.1, 0.3),
-    pressure=0.05,
+    pressure=0.04,
     peak_band=(0.92, 1.08),
     state_band=(0.98, 1.02),
 )
@@ -74,7 +75,7 @@ _STACKS: dict[str, StackProfile] = {
             foreach=False,
             logits=(12.0, 6.0),
             layer_temporaries=_FAST_LAYER,
-            **_EXPANDABLE,
+            **{**_EXPANDABLE, "fragmentation": (1.0, 1.14, 1.3)},
         ),
         # Its default cross-entropy is flash-attention's, in place on 16-bit logits.
         replace(HF_TRAINER, name="llm-foundry", logits=(4.0, 6.0), layer_temporaries=_FAST_LAYER),
@@ -87,6 +88,10 @@ _STACKS: dict[str, StackProfile] = {
 
 _NO_UPCAST = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "gptj", "falcon", "bloom", "opt", "mpt"})
 """transformers 4.x families whose loss takes logits as they are; the others cast them to fp32 first."""
+_MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "adafactor": 0, "sm3": 0}
+"""Optimizer -> moments as wide as the weight. Adafactor's rows and columns are next to nothing."""
+_COMPILED_LOGITS = {"torchtune": (2.0, 6.0)}
+"""Losses whose fp32 copies torch.compile fuses away."""
 _COMPILED = 0.8
 """torch.compile against eager on the same run: a fifth to a quarter of the activations is never written."""
 
@@ -105,6 +110,9 @@ def stack_of(setup: Mapping[str, Any], model: ModelShape) -> StackProfile:
         shard_ranks=_shard_ranks(setup) if sharding == "hsdp" else None,
         trained_bytes=4 if setup.get("fp32_master") or setup.get("weights_dtype") == "fp32" else 2,
         adapter_bytes=base.adapter_bytes or 4,
+        frozen_bytes=4 if setup.get("weights_dtype") == "fp32" else None,
+        also_trained_params=_also_trained(setup, model),
+        moment_bytes=_moment_bytes(setup),
         foreach=_foreach(setup, base),
         optimizer_in_backward=bool(setup.get("optimizer_in_backward")),
         adapter_input_bytes=_adapter_input_bytes(setup, base),
@@ -131,6 +139,30 @@ def _shard_ranks(setup: Mapping[str, Any]) -> int:
     return max(1, int(setup.get("gpus") or 1) // int(setup.get("nodes") or 1))
 
 
+def _also_trained(setup: Mapping[str, Any], model: ModelShape) -> int:
+    """Embedding and head trained whole (PEFT's modules_to_save); norms are next to nothing."""
+    names = [str(name) for name in setup.get("also_trained") or ()]
+    return model.vocab * model.hidden * sum("embed" in name or "head" in name for name in names)
+
+
+def _moment_bytes(setup: Mapping[str, Any]) -> float | None:
+    """None where Adam's formula holds; paged states live in managed memory, which torch's allocator does not count.
+
+    Raises:
+        ModelError: an optimizer whose states nobody has written down here.
+    """
+    name = str(setup.get("optimizer") or "adamw").lower()
+    if "paged" in name:
+        return 0.0
+    known = [moments for prefix, moments in _MOMENTS.items() if name.startswith(prefix)]
+    if not known:
+        raise ModelError(f"setup.optimizer is {name!r}; known: {', '.join(_MOMENTS)}, and paged or 8-bit ones")
+    if known[0] == 2:
+        return None
+    wide = 4 if setup.get("method") != "full" or setup.get("fp32_master") else 2
+    return float(known[0] * (1 if "8bit" in name else wide))
+
+
 def _foreach(setup: Mapping[str, Any], base: StackProfile) -> bool:
     """The optimizer's name decides where it says more than "adamw"."""
     name = str(setup.get("optimizer") or "adamw")
@@ -145,6 +177,8 @@ def _with_loss(profile: StackProfile, setup: Mapping[str, Any], model: ModelShap
     layer = _FAST_LAYER if fast else profile.layer_temporaries
     if setup.get("fused_loss"):
         return replace(profile, logits=_KEPT_FUSED_LOSS, layer_temporaries=layer)
+    if setup.get("compile") and profile.name in _COMPILED_LOGITS:
+        return replace(profile, logits=_COMPILED_LOGITS[profile.name], layer_temporaries=layer)
     if profile.logits != HF_TRAINER.logits or profile.name == "torchtitan":
         return replace(profile, layer_temporaries=layer)
     return replace(profile, logits=_hf_logits(setup, model, fast=fast), layer_temporaries=layer)

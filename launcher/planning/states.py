@@ -87,11 +87,15 @@ def _held_bytes(candidate: Candidate, stack: StackProfile) -> int:
     """Bytes per weight of the base: those of a trained weight where plain torch or FSDP trains it."""
     if candidate.method == "full" and (candidate.zero_stage == 0 or stack.sharding == "fsdp"):
         return stack.trained_bytes or 4
+    if candidate.method != "full" and stack.frozen_bytes is not None:
+        return stack.frozen_bytes
     return DTYPE_BYTES[candidate.precision]
 
 
-def optimizer_moment_bytes(candidate: Candidate, per_moment: int = 4) -> float:
+def optimizer_moment_bytes(candidate: Candidate, per_moment: int = 4, stack: StackProfile = OUR_STACK) -> float:
     """Adam's two moments per trained element: as wide as the weight, or 8 bits with one fp32 scale per 256."""
+    if stack.moment_bytes is not None:
+        return stack.moment_bytes
     return 2 * (1 + 4 / 256) if "8bit" in candidate.optim else 2 * per_moment
 
 
@@ -100,7 +104,7 @@ def _torch_states(model: ModelShape, candidate: Candidate, stack: StackProfile) 
 
     FSDP shards as ZeRO does by stage: optimizer and gradients from 2 on, weights in 3.
     """
-    trained = trainable_params(model, candidate)
+    trained = trainable_params(model, candidate) + stack.also_trained_params
     ranks = shard_count(candidate, stack) if candidate.zero_stage else 1
     size = trained_element_bytes(candidate, stack)
     adapters = 0 if candidate.method == "full" else size * trained
@@ -112,7 +116,7 @@ def _torch_states(model: ModelShape, candidate: Candidate, stack: StackProfile) 
     distributed = candidate.world_size > 1 and candidate.zero_stage == 0
     if distributed and stack.ddp_extra_gradient_copy:
         gradients *= 2
-    optimizer = optimizer_moment_bytes(candidate, size) * shard
+    optimizer = optimizer_moment_bytes(candidate, size, stack) * shard
     temporary = size * shard if _is_foreach(candidate, stack) else 0.0
     if candidate.offload_optimizer != "none":
         gradients, optimizer, temporary = 0.0, 0.0, 0.0
@@ -142,7 +146,8 @@ def _is_foreach(candidate: Candidate, stack: StackProfile) -> bool:
 
 def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
     """DeepSpeed: compute-dtype weights, an fp32 master with two moments, sharded from stage 1, 2 or 3 on."""
-    trained, ranks, stage = trainable_params(model, candidate), candidate.world_size, candidate.zero_stage
+    trained = trainable_params(model, candidate) + stack.also_trained_params
+    ranks, stage = candidate.world_size, candidate.zero_stage
     compute = DTYPE_BYTES[candidate.precision]
     whole = weight_bytes(model, candidate, stack) + (0 if candidate.method == "full" else compute * trained)
     weights: float = whole
@@ -158,7 +163,7 @@ def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -
     else:
         gradients = stack.gradient_accumulation_bytes * trained / ranks if on_device else 0.0
     shard = trained / ranks
-    optimizer = (4 + optimizer_moment_bytes(candidate)) * shard if on_device else 0.0
+    optimizer = (4 + optimizer_moment_bytes(candidate, stack=stack)) * shard if on_device else 0.0
     # The step works on fp32 gradients, flattened: of the whole shard in stages 1-2, of one sub-group in stage 3.
     temporary = 4 * (min(shard, candidate.buckets.sub_group_elements) if stage == 3 else shard) if on_device else 0.0
     return States(
