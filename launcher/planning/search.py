@@ -64,7 +64,7 @@ def make_plan(
     chosen, method_advice = _choose(task, queue)
     job = job_shape(task, chosen)
     alternatives = _alternatives(task, chosen, queue)
-    _, numbers = tuning_of(replace(task, recipe=_narrowed(recipe, chosen)), chosen.candidate.method)
+    numbers = _numbers(task, chosen)
     plan = Plan(
         recipe=recipe.name,
         model=model.name,
@@ -172,12 +172,16 @@ def _layout(each: Estimate) -> Layout:
     return Layout(nodes=each.candidate.nodes, gpus_per_node=each.candidate.gpus_per_node)
 
 
-def _narrowed(recipe: Recipe, chosen: Estimate) -> Recipe:
-    """The recipe with the rank that the retreat settled on, so that advice speaks of the numbers that are used."""
-    lora = chosen.candidate.lora
-    if lora is None or recipe.lora.r != AUTO or lora.r != SMALLEST_RANK:
-        return recipe
-    return replace(recipe, lora=replace(recipe.lora, r=SMALLEST_RANK))
+def _numbers(task: Task, chosen: Estimate) -> list[Advice]:
+    """Advice on rank, alpha, dropout, targets and rate, of the rank that the retreat settled on."""
+    method, lora = chosen.candidate.method, chosen.candidate.lora
+    tuning, advice = tuning_of(task, method)
+    if lora is None or tuning.lora is None or lora.r == tuning.lora.r:
+        return advice
+    narrowed = replace(task.recipe, lora=replace(task.recipe.lora, r=lora.r))
+    _, advice = tuning_of(replace(task, recipe=narrowed), method)
+    reason = f"rank {tuning.lora.r}, which the task asks for, does not fit"
+    return [Advice(rule="R10", field="lora.r", value=lora.r, reason=reason, source="guides G1 G4"), *advice]
 
 
 # ---------------------------------------------------------------- what else
