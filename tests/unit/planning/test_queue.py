@@ -8,7 +8,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from launcher.cli import main
 from launcher.facts.model import model_shape
 from launcher.planning.plan import JobShape, plan_from_json, plan_to_json
 from launcher.planning.queue import MOST_CALLS, NoQueue, SlurmQueue, queue_of
@@ -172,3 +174,29 @@ def test_nobody_is_asked_where_there_is_no_sbatch(tmp_path, monkeypatch):
     """A laptop plans the same."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert isinstance(queue_of(WIDE, A100, wanted=True), NoQueue)
+
+
+@pytest.mark.parametrize(("flag", "calls"), [("--no-queue", 0), ("--queue", 1), (None, 0)])
+def test_the_command_asks_when_told_to(sbatch, flag, calls):
+    """A profile of another cluster is not this Slurm's: it is asked only on request, and `--no-queue` never."""
+    sbatch.starts(n8=3)
+    arguments = ["plan", "llama3.1-70b-full", "--json", *([flag] if flag else [])]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert len([call for call in sbatch.calls if "--nodes=8" in call]) == calls
+    assert (json.loads(done.stdout)["chosen"]["start_s"] is not None) == bool(calls)
+
+
+@pytest.mark.parametrize("objective", ["time", "cost", "quality"])
+def test_the_command_takes_an_objective(objective, monkeypatch, tmp_path):
+    """What is chosen is what `make_plan` chooses for it."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "name: r\nmodel: {name_or_path: meta-llama/Llama-3.1-8B}\nslurm: {site: a100-80gb}\n"
+        "data: {train: [{path: HuggingFaceH4/ultrachat_200k, split: train_sft}]}\n"
+    )
+    done = CliRunner().invoke(main, ["plan", str(recipe), "--json", "--objective", objective], catch_exceptions=False)
+    chosen = json.loads(done.stdout)["chosen"]
+    assert chosen["method"] == ("full" if objective == "quality" else "lora")
+    cheapest = min(each["gpu_hours"] for each in json.loads(done.stdout)["alternatives"] if each["fits"])
+    assert objective != "cost" or chosen["gpu_hours"] <= 1.03 * cheapest

@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.facts.model import model_shape
 from launcher.planning.deepspeed_config import deepspeed_config
-from launcher.planning.objective import THRIFT
+from launcher.planning.objective import OBJECTIVES, THRIFT
 from launcher.planning.search import make_plan, resolve
 from launcher.recipe.schema import (
     AUTO,
@@ -18,6 +20,7 @@ from launcher.recipe.schema import (
     DataSource,
     DeepSpeedSection,
     LoraSection,
+    SlurmSection,
     TaskSection,
     TrainSection,
 )
@@ -341,6 +344,42 @@ def test_planning_70b_takes_less_than_a_second():
     started = time.perf_counter()
     plan_of(a_recipe(LLAMA_70B))
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize("method", ["auto", "full", "qlora"])
+def test_a_refused_70b_takes_less_than_a_second_too(method):
+    """What would fit is searched for as well, over all of 16 nodes and every step of the retreat."""
+    started = time.perf_counter()
+    plan_of(a_recipe(LLAMA_70B, method, slurm=on(1, 1) if method == "full" else SlurmSection()), A100)
+    plan_of(a_recipe(LLAMA_70B, method), RTX4090)
+    assert time.perf_counter() - started < 2.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    model=st.sampled_from([LLAMA_8B, QWEN_HALF, MISTRAL]),
+    method=st.sampled_from(["auto", "full", "lora", "qlora", "dora"]),
+    batch=st.sampled_from([8, 24, 64, 96]),
+    length=st.sampled_from([512, 4096, 16_384]),
+    objective=st.sampled_from(OBJECTIVES),
+    hours=st.none() | st.floats(0.1, 200),
+)
+def test_any_plan_keeps_its_promises(model, method, batch, length, objective, hours):
+    """Batch arithmetic, budget, an order of alternatives, a way out of every refusal, and the same bytes every time."""
+    recipe = a_recipe(
+        model,
+        method,
+        data=DataSection(train=(DataSource(path="o/r"),), max_seq_length=length),
+        train=TrainSection(global_batch_size=batch),
+        budget=BudgetSection(max_gpu_hours=hours),
+    )
+    plan = make_plan(recipe, model_shape(recipe.model), DATA, A100, objective=objective)
+    everything = (plan.chosen, *plan.alternatives)
+    assert all(each.candidate.global_batch == batch for each in everything)
+    assert hours is None or plan.chosen.gpu_hours <= hours or "over-budget" in {each.code for each in plan.warnings}
+    fits = [each.fits for each in plan.alternatives]
+    assert fits == sorted(fits, reverse=True)
+    assert plan == make_plan(recipe, model_shape(recipe.model), DATA, A100, objective=objective)
 
 
 def test_planning_imports_nothing_heavy():
