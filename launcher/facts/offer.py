@@ -63,7 +63,9 @@ class Site:
     """GRES type to name in --gpus-per-node=TYPE:N."""
     intra_node_bw_bytes_s: float | None = None
     inter_node_bw_bytes_s: float | None = None
-    """Per GPU; None = from the GPU catalogue, or 25 GB/s between nodes."""
+    """Per GPU; None = from the GPU catalogue."""
+    write_bw_bytes_s: float | None = None
+    """What one node writes to the runs' file system; None = 1 GB/s."""
     partitions: tuple[Partition, ...] = ()
     default_partition: str | None = None
     account: str | None = None

@@ -9,6 +9,7 @@ from launcher.facts.gpu import Gpu, gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.checks import node_limit
+from launcher.planning.multinode import hpz_may_help
 from launcher.planning.plan import Buckets, Candidate, LoraNumbers, QuantNumbers
 from launcher.recipe.schema import AUTO, PROMPT_METHODS, Recipe
 
@@ -37,6 +38,8 @@ class Sharding:
     stage: int
     offload_optimizer: str = "none"
     offload_param: str = "none"
+    hpz: bool = False
+    """Whether each node holds a second partition of the weights, so that backward gathers inside it."""
 
     @property
     def offloads(self) -> bool:
@@ -100,6 +103,9 @@ def shardings(recipe: Recipe, method: str, layout: Layout, device: Gpu) -> list[
             params_may = stage == 3 and method != "qlora" and (optimizer != "none" or method != "full")
             for param in _offloads(asked.offload_param, allowed=params_may, device=device):
                 found.append(Sharding(stage=stage, offload_optimizer=optimizer, offload_param=param))
+        stays = {asked.offload_optimizer, asked.offload_param} <= {AUTO, "none"}
+        if stage == 3 and method == "full" and layout.nodes > 1 and stays and not asked.overrides:
+            found.append(Sharding(stage=3, hpz=True))
     if asked.stage == AUTO and layout.world_size == 1 and method == "full":
         # One rank has nothing to shard; DeepSpeed is there for offload alone.
         found = [each for each in found if each.stage == 0 or each.offloads]
@@ -131,6 +137,8 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Every micro-batch with and without checkpointing, as far as the recipe leaves them open."""
     first = _base(recipe, model, site, tuning, layout, sharding)
+    if sharding.hpz and not hpz_may_help(first, site):
+        return
     checkpointing = recipe.train.gradient_checkpointing
     choices = [checkpointing] if isinstance(checkpointing, bool) else [False, True]
     if tuning.method == "prefix":
@@ -201,6 +209,7 @@ def _base(
         num_virtual_tokens=recipe.prompt.num_virtual_tokens if prompts else None,
         quant=_quant(recipe, precision, sharding) if tuning.method == "qlora" else None,
         buckets=buckets(model),
+        hpz_partition=layout.gpus_per_node if sharding.hpz else 1,
     )
 
 

@@ -19,7 +19,7 @@ from launcher.planning.trainable import targeted, trainable_params
 
 _NETWORK_SHARE = 0.8
 """Share of the line rate that large collectives reach (NCCL tests on InfiniBand and RoCE: 0.75 to 0.9)."""
-_SPREAD = (0.02, 0.006)
+_SPREAD = (0.012, 0.004)
 """How much longer the slowest rank computes than the mean, which every collective waits for: within a node, and per
 doubling of nodes (llm-foundry's 7B loses 9 % from 8 to 512 H100s, torchtitan's 8B 3 % from 8 to 128)."""
 _HOP_S = 20e-6
@@ -31,9 +31,9 @@ class Traffic:
     """Collectives of one optimizer step of one rank, in seconds on the links."""
 
     per_micro_batch_s: float
-    """Weights gathered (stage 3) and gradients scattered in every micro-batch."""
+    """Weights gathered (stage 3) and gradients scattered (stages 2 and 3) in every micro-batch."""
     per_step_s: float
-    """Gradients and updated weights exchanged once (stages 0-2)."""
+    """Gradients (stages 0 and 1) and updated weights (stages 1 and 2) exchanged once."""
     latency_s: float
     """Per micro-batch, never hidden: the host starts and waits for each gathered unit."""
 
@@ -64,11 +64,14 @@ def traffic(model: ModelShape, candidate: Candidate, device: Gpu, site: Site, pr
         return Traffic(per_micro_batch_s=0.0, per_step_s=0.0, latency_s=0.0)
     link = link_bytes_s(candidate, device, site)
     gradients = _gradient_bytes(model, candidate) * _share(ranks)
-    if candidate.zero_stage < 3:
-        # An all-reduce is a reduce-scatter and an all-gather; stages 1 and 2 gather the updated weights instead.
+    if candidate.zero_stage == 2:
+        # Partitioned gradients have nowhere to wait: scattered after every backward; weights are gathered per step.
+        return Traffic(per_micro_batch_s=gradients / link, per_step_s=gradients / link, latency_s=0.0)
+    if candidate.zero_stage < 2:
+        # An all-reduce is a reduce-scatter and an all-gather; stage 1 gathers the updated weights instead.
         return Traffic(per_micro_batch_s=0.0, per_step_s=2 * gradients / link, latency_s=0.0)
     seconds = _gather_s(model, candidate, device, site) + gradients / link
-    units = model.layers * (1 + (2 * _adapted(model, candidate) if profile.wraps_adapters else 0))
+    units = model.layers * _units_per_layer(model, candidate, profile)
     hops = _HOP_S * max(0, candidate.nodes - 1).bit_length() * model.layers
     return Traffic(per_micro_batch_s=seconds, per_step_s=0.0, latency_s=3 * (units * profile.unit_s + hops))
 
@@ -93,6 +96,14 @@ def _gradient_bytes(model: ModelShape, candidate: Candidate) -> float:
     """What is reduced: in fp32 by plain torch's DDP over fp32 gradients, else in the compute dtype."""
     size = 4 if candidate.zero_stage == 0 else DTYPE_BYTES[candidate.precision]
     return float(size * trainable_params(model, candidate))
+
+
+def _units_per_layer(model: ModelShape, candidate: Candidate, profile: SpeedProfile) -> int:
+    """Pieces of a layer gathered for themselves: DeepSpeed's hooks sit on every module that holds weights."""
+    adapters = 2 * _adapted(model, candidate)
+    if profile.gathers_modules:
+        return len(model.linears) + model.norms_per_layer + adapters
+    return 1 + (adapters if profile.wraps_adapters else 0)
 
 
 def _adapted(model: ModelShape, candidate: Candidate) -> int:

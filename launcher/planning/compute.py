@@ -19,11 +19,12 @@ from launcher.planning.plan import DTYPE_BYTES, Candidate
 from launcher.planning.speed_profile import SpeedProfile
 from launcher.planning.trainable import targeted, trainable_params
 
-_MEMORY_SHARE = 0.8
-"""Share of a memory's bandwidth that streaming kernels reach (STREAM-like copies on A100 and H100: 0.8 to 0.9)."""
+_MEMORY_SHARE = 0.7
+"""Share of a memory's bandwidth that element-wise kernels reach: copies of large tensors 0.8 to 0.9, the strided and
+reducing ones among them less."""
 _BACKWARD_ATTENTION = 2.5
 """FlashAttention's backward runs five matmuls for the forward's two (arXiv 2307.08691, section 3.1)."""
-_EXPERT_RAMP_TOKENS = 400
+_EXPERT_RAMP_TOKENS = 550
 """Tokens per expert at which its matmuls reach half of the large-batch efficiency."""
 _EXPERT_LAUNCH_S = 0.1e-3
 """Host time per expert and pass where experts run one after another."""

@@ -64,6 +64,7 @@ def _estimate(task: Task, candidate: Candidate) -> Estimate:
         gpu_hours=gpu_hours,
         cost=speed.cost(gpu_hours, task.recipe.budget.gpu_hour_price),
         rejected_because=rejected,
+        save_s=save_s(task, candidate),
     )
 
 
@@ -85,14 +86,35 @@ def evaluation_steps(recipe: Recipe, steps: int) -> int:
 
 
 def wall_s(task: Task, candidate: Candidate, step_s: float, steps: int) -> float:
-    """Seconds of the whole run when a step takes `step_s`."""
+    """Seconds of the whole run when a step takes `step_s`: one save at the end, the others by the recipe's interval."""
     rows = task.data.validation_rows
     if candidate.packing:
         rows = math.ceil(rows * task.data.mean_tokens / candidate.seq_len)
+    interval = save_interval_s(task.recipe, step_s)
     evaluations = steps // evaluation_steps(task.recipe, steps) if rows else 0
     return speed.wall_s(
-        task.model, candidate, step_s=step_s, steps=steps, evaluations=evaluations, evaluation_rows=rows
+        task.model,
+        candidate,
+        step_s=step_s,
+        steps=steps,
+        evaluations=evaluations,
+        evaluation_rows=rows,
+        saves=1 + (int(steps * step_s // interval) if interval else 0),
+        save_s=save_s(task, candidate),
     )
+
+
+def save_s(task: Task, candidate: Candidate) -> float:
+    """Seconds one checkpoint takes to write."""
+    return speed.save_s(host.checkpoint_bytes(task.model, candidate), candidate.nodes, task.site)
+
+
+def save_interval_s(recipe: Recipe, step_s: float) -> float | None:
+    """Seconds between two checkpoints; None when none is written on the way."""
+    asked = recipe.checkpoint
+    by_time = asked.save_minutes * 60 if asked.save_minutes else None
+    by_steps = asked.save_steps * step_s if asked.save_steps else None
+    return min((interval for interval in (by_time, by_steps) if interval), default=None)
 
 
 def _rejection(task: Task, candidate: Candidate, needed: MemoryEstimate, host_bytes: int) -> str | None:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 
 from launcher.facts.site import Site
-from launcher.planning.estimate import Task, wall_s
+from launcher.planning.estimate import Task, save_interval_s, wall_s
 from launcher.planning.headline import duration
 from launcher.planning.plan import Estimate, JobShape, Warning_
 from launcher.recipe.schema import Recipe
 
-SAVE_BYTES_S = 500e6
-"""Cautious speed of a shared file system that takes a checkpoint."""
+_SLOW_SAVE = 2.0
+"""A busy file system takes twice as long for a checkpoint."""
 _SAFE_TIME = 1.15
 """Time limit over the slow end of the prediction, which is a cautious one already."""
 _MARGIN_MIN = 10
@@ -39,10 +39,8 @@ def job_shape(task: Task, chosen: Estimate) -> JobShape:
 def safe_limit_min(task: Task, chosen: Estimate) -> int:
     """Minutes that suffice at the slow end: start-up, steps, evaluations, every save and the warning at the end."""
     slow_s = wall_s(task, chosen.candidate, chosen.step_s.high, chosen.steps)
-    interval = save_interval_s(task.recipe, chosen.step_s.high)
-    saves = 1 + (int(slow_s // interval) if interval else 0)
     lead_s = signal_lead_s(chosen, None)
-    whole_s = _SAFE_TIME * (slow_s + saves * save_s(chosen)) + lead_s
+    whole_s = _SAFE_TIME * slow_s + lead_s
     return rounded_min(math.ceil(max(whole_s, 2 * lead_s) / 60) + _MARGIN_MIN)
 
 
@@ -61,16 +59,8 @@ def longest_job_min(recipe: Recipe, site: Site) -> int | None:
 
 
 def save_s(chosen: Estimate) -> float:
-    """Seconds one checkpoint takes to write."""
-    return chosen.checkpoint_bytes / SAVE_BYTES_S
-
-
-def save_interval_s(recipe: Recipe, step_s: float) -> float | None:
-    """Seconds between two checkpoints; None when none is written on the way."""
-    asked = recipe.checkpoint
-    by_time = asked.save_minutes * 60 if asked.save_minutes else None
-    by_steps = asked.save_steps * step_s if asked.save_steps else None
-    return min((interval for interval in (by_time, by_steps) if interval), default=None)
+    """Seconds one checkpoint takes to write on a busy file system."""
+    return _SLOW_SAVE * chosen.save_s
 
 
 def signal_lead_s(chosen: Estimate, time_min: int | None) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from launcher.facts.gpu import gpu
 from launcher.planning.advice import SMALL_DATA_ROWS
 from launcher.planning.candidates import largest_micro_batch
-from launcher.planning.estimate import GIB, Task
+from launcher.planning.estimate import GIB, Task, estimate
+from launcher.planning.multinode import HPZ_SOURCE, zero3_vs_alternatives
 from launcher.planning.objective import THRIFT, device_hours
 from launcher.planning.plan import Advice, Candidate, Estimate
 from launcher.planning.remedies import tokens_that_fit
@@ -34,6 +35,7 @@ def notes(task: Task, chosen: Estimate, alternatives: Sequence[Estimate]) -> lis
         *epochs(task),
         *forgetting(task, chosen),
         *retreats(task, chosen),
+        *across_nodes(task, chosen),
         *tokens(task, chosen),
         *virtual_tokens(task, chosen),
         *other_adapters(task, chosen),
@@ -115,6 +117,19 @@ def retreats(task: Task, chosen: Estimate) -> Iterator[Advice]:
         taken.append(("deepspeed.offload_param", candidate.offload_param, "weights do not fit beside activations"))
     for field, value, reason in taken:
         yield Advice(rule="R10", field=field, value=value, reason=reason, source=f"guides G1 G4; {_MEMORY}")
+
+
+def across_nodes(task: Task, chosen: Estimate) -> Iterator[Advice]:
+    """R14: ZeRO-3 over several nodes beside what it competes with, by bandwidth; what does not fit is said so."""
+    ways = zero3_vs_alternatives(task.model, chosen.candidate, task.site)
+    if ways and chosen.fits:
+        said = ", ".join(
+            f"{way.name} {way.step_s:.3g} s per step at {way.link_bytes_s / 1e9:.0f} GB/s"
+            + ("" if estimate(task, way.candidate).fits else " (does not fit)")
+            for way in ways
+        )
+        value = "hpZ" if chosen.candidate.hpz_partition > 1 else "ZeRO-3"
+        yield Advice(rule="R14", field="deepspeed.stage", value=value, reason=said, source=HPZ_SOURCE)
 
 
 def tokens(task: Task, chosen: Estimate) -> Iterator[Advice]:

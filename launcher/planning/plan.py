@@ -162,6 +162,8 @@ class Estimate:
     rejected_because: str | None
     would_fit: str | None = None
     """For a rejected one: the smallest change that would make it fit, such as "slurm.nodes: 4"."""
+    save_s: float = 0.0
+    """Seconds one checkpoint takes to write."""
     start_s: float | None = None
     """Seconds in the queue before it would start, by Slurm's own word; None where Slurm was not asked."""
 

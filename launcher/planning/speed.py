@@ -35,8 +35,6 @@ __all__ = [
     "wall_s",
 ]
 
-_ADAM_BYTES = 28
-"""Per element: gradient, master and two moments read, the latter three written, in fp32."""
 _HOST_BYTES_S = 70e9
 """Memory bandwidth CPU Adam reaches per host: published times are 0.25 s (ZeRO-Offload, arXiv 2101.06840, table 4) to
 0.6 s (ZenFlow, 2505.12242) per 1e9 elements, 112 to 47 GB/s."""
@@ -46,8 +44,10 @@ _STARTUP_S = 90.0
 """Imports, rendezvous, first kernels."""
 _READ_BYTES_S = 2e9
 """Shared file system, per job, reading weights."""
-WRITE_BYTES_S = 1e9
-"""Shared file system, per job, writing checkpoints: what one client of a busy Lustre or NFS server gets."""
+_WRITE_BYTES_S = 1e9
+"""One node writing checkpoints to a shared file system, where the site does not say: an NFS or Lustre client."""
+_WRITE_LIMIT_BYTES_S = 10e9
+"""All nodes of a job together: what a mid-sized parallel file system takes from one job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,8 @@ def step_time(model: ModelShape, candidate: Candidate, site: Site, profile: Spee
     return StepTime(
         compute_s=often * (micro_batch.total_s - micro_batch.dequantization_s),
         communication_s=exposed_s(moved, micro_batch.total_s, candidate, profile),
-        optimizer_s=_optimizer_s(model, candidate, device) + often * _host_traffic_s(model, candidate, device),
+        optimizer_s=_optimizer_s(model, candidate, device, profile.adam_bytes)
+        + often * _host_traffic_s(model, candidate, device),
         dequantization_s=often * micro_batch.dequantization_s,
     )
 
@@ -108,15 +109,15 @@ def step_interval(time: StepTime, candidate: Candidate, profile: SpeedProfile = 
     return Interval(low=low * time.total_s, expected=time.total_s, high=high * time.total_s)
 
 
-def _optimizer_s(model: ModelShape, candidate: Candidate, device: Gpu) -> float:
+def _optimizer_s(model: ModelShape, candidate: Candidate, device: Gpu, adam_bytes: float) -> float:
     """Adam is bound by the memory its states lie in; offloaded, by the host's, and by NVMe where they lie there."""
     trained = trainable_params(model, candidate)
     if candidate.offload_optimizer == "none":
         shards = candidate.world_size if candidate.zero_stage else 1
-        return _ADAM_BYTES * trained / shards / device.memory_bytes_s
+        return adam_bytes * trained / shards / device.memory_bytes_s
     per_host = trained / candidate.nodes
     swap = 2 * 16 * per_host / _NVME_BYTES_S if candidate.offload_optimizer == "nvme" else 0.0
-    return _ADAM_BYTES * per_host / _HOST_BYTES_S + swap
+    return adam_bytes * per_host / _HOST_BYTES_S + swap
 
 
 def _host_traffic_s(model: ModelShape, candidate: Candidate, device: Gpu) -> float:
@@ -149,9 +150,10 @@ def first_step_s(model: ModelShape, candidate: Candidate) -> float:
     return start + 2 * model.params / _READ_BYTES_S
 
 
-def save_s(checkpoint_bytes: float, write_bytes_s: float = WRITE_BYTES_S) -> float:
-    """Seconds a checkpoint takes to write, all ranks together; training waits for it."""
-    return checkpoint_bytes / write_bytes_s
+def save_s(checkpoint_bytes: float, nodes: int, site: Site) -> float:
+    """Seconds a checkpoint takes to write while training waits: every rank writes its shard, nodes side by side."""
+    per_node = site.write_bw_bytes_s or _WRITE_BYTES_S
+    return checkpoint_bytes / min(nodes * per_node, max(per_node, _WRITE_LIMIT_BYTES_S))
 
 
 def evaluation_s(candidate: Candidate, *, step_s: float, rows: int) -> float:

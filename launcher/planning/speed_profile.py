@@ -39,10 +39,15 @@ class SpeedProfile:
     """Host time to launch one layer's forward, eager; backward counts twice."""
     unit_s: float = 0.1e-3
     """Host time per gathered unit and pass that does not hide: FSDP's bookkeeping of one wrapped module."""
+    gathers_modules: bool = False
+    """Whether every module is gathered for itself (DeepSpeed's hooks), not a layer at once (FSDP's wrapping)."""
     wraps_adapters: bool = False
     """Whether each low-rank matrix is a gathered unit of its own (accelerate's FSDP policy for PEFT)."""
     expert_loop: bool = True
     """Whether routed experts run one after another from Python."""
+    adam_bytes: float = 28.0
+    """Bytes the optimizer reads and writes per trained element: gradient, master and two moments read, the latter
+    three written, in fp32; 14 where all of them are 16 bits wide."""
     overlap: float = 0.8
     """Share of compute behind which communication can hide."""
     contention: float = 0.5
@@ -51,13 +56,13 @@ class SpeedProfile:
     """Low and high of a step's time relative to the expected value."""
 
 
-_FUSED = 0.35
+_FUSED = 0.38
 """Fused RMSNorm, rotary, SwiGLU and residual: each tensor crosses memory once instead of about three times."""
 
-OUR_SPEED = SpeedProfile(name="launcher", fp32_weights=True, expert_loop=False)
+OUR_SPEED = SpeedProfile(name="launcher", fp32_weights=True, expert_loop=False, gathers_modules=True)
 """Hugging Face models in eager PyTorch, adapters in the compute dtype (autocast or DeepSpeed)."""
 
-HF_TRAINER = SpeedProfile(name="hf-trainer", unit_s=0.37e-3, wraps_adapters=True, fused_only_llama=True)
+HF_TRAINER = SpeedProfile(name="hf-trainer", unit_s=0.33e-3, wraps_adapters=True, fused_only_llama=True)
 _STACKS = {
     "hf-trainer": HF_TRAINER,
     # Triton attention of its time; MPT's own blocks, no rotary.
@@ -87,7 +92,14 @@ def speed_of(setup: Mapping[str, Any]) -> SpeedProfile:
         # The fused low-rank kernels in use are written for quantized bases.
         adapter_fused=bool(setup.get("fast_kernels")) and setup.get("method") == "qlora",
         residual_fp32_after_kbit=bool(setup.get("kbit_fp32_upcast")),
+        adam_bytes=14.0 if _pure_16_bit(setup) else profile.adam_bytes,
         recompute=0.5 if selective else 1.0,
         unit_s=OUR_SPEED.unit_s if setup.get("deepspeed") else profile.unit_s,
         wraps_adapters=profile.wraps_adapters and not setup.get("deepspeed"),
+        gathers_modules=profile.gathers_modules or bool(setup.get("deepspeed")),
     )
+
+
+def _pure_16_bit(setup: Mapping[str, Any]) -> bool:
+    sixteen = setup.get("weights_dtype") in ("bf16", "fp16")
+    return sixteen and not (setup.get("fp32_master") or setup.get("autocast") or setup.get("deepspeed"))

@@ -144,6 +144,13 @@ def _is_foreach(candidate: Candidate, stack: StackProfile) -> bool:
     return candidate.optim == "adamw_torch" if stack.foreach is None else stack.foreach
 
 
+def secondary_partition_bytes(model: ModelShape, candidate: Candidate) -> float:
+    """The weights once more, split over the ranks of one node (hpZ, ZeRO++, arXiv 2306.10209, section 3.2)."""
+    if candidate.hpz_partition <= 1:
+        return 0.0
+    return DTYPE_BYTES[candidate.precision] * model.params / candidate.hpz_partition
+
+
 def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -> States:
     """DeepSpeed: compute-dtype weights, an fp32 master with two moments, sharded from stage 1, 2 or 3 on."""
     trained = trainable_params(model, candidate) + stack.also_trained_params
@@ -156,6 +163,7 @@ def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -
         persistent = model.layers * model.norm_params + model.final_norm_params
         weights = 0 if candidate.offload_param != "none" else whole / ranks
         weights += compute * persistent * (1 - 1 / ranks)
+        weights += secondary_partition_bytes(model, candidate)
     on_device = candidate.offload_optimizer == "none"
     gradients: float
     if stage == 1:

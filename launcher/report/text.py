@@ -107,6 +107,8 @@ def _method(candidate: Candidate) -> str:
 
 def _sharding(candidate: Candidate) -> str:
     parts = [f"ZeRO-{candidate.zero_stage}" if candidate.zero_stage else "plain torch"]
+    if candidate.hpz_partition > 1:
+        parts.append("hpZ")
     if candidate.offload_optimizer != "none":
         parts.append(f"optimizer on {candidate.offload_optimizer}")
     if candidate.offload_param != "none":
