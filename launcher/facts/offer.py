@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from launcher.facts.learned import Learned
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
@@ -86,5 +88,7 @@ class Site:
     srun_args: tuple[str, ...] = ()
     accounting: bool | None = None
     """Whether sacct answers; None = ask when needed."""
+    learned: Learned | None = None
+    """What the site's own finished runs taught (facts/learned.py); never in the profile itself."""
     source: dict[str, str] = field(default_factory=dict)
     """Field -> where its value came from."""

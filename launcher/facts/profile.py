@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError, RecipeError, raise_all
+from launcher.facts.learned import Learned
 from launcher.facts.offer import Container, Partition, Site
 from launcher.recipe.problems import Findings, nearest
 from launcher.recipe.scalars import UnreadableError, read_minutes, read_scalar
@@ -25,7 +26,7 @@ _CHOICES = {
     ("Site", "executor"): ("slurm", "local"),
     ("Container", "runtime"): ("none", "pyxis", "apptainer"),
 }
-_MAY_BE_ZERO = frozenset({"intra_node_bw_bytes_s", "inter_node_bw_bytes_s"})
+_MAY_BE_ZERO = frozenset({"intra_node_bw_bytes_s", "inter_node_bw_bytes_s", "step_error_pct", "memory_error_pct"})
 
 
 def read_profile(path: Path) -> dict[str, Any]:
@@ -38,6 +39,25 @@ def read_profile(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ClusterError(f"{path}: cannot be read: {error}") from error
+    return {"name": path.stem} | _values(text, path, Site)
+
+
+def read_learned(path: Path) -> Learned:
+    """What calibration wrote.
+
+    Raises:
+        ClusterError: unreadable, unknown keys or wrong values, as for a profile.
+    """
+    try:
+        values = _values(path.read_text(encoding="utf-8"), path, Learned)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"{path}: cannot be read: {error}") from error
+    if "runs" not in values:
+        raise ClusterError(f"{path}: runs is missing; run `launcher score --calibrate` again or delete the file")
+    return Learned(**values)
+
+
+def _values(text: str, path: Path, kind: type[Any]) -> dict[str, Any]:
     findings = Findings()
     try:
         table = parse(text, str(path), findings)
@@ -45,9 +65,9 @@ def read_profile(path: Path) -> dict[str, Any]:
     except RecipeError as error:
         raise ClusterError(*error.problems) from None
     problems: list[str] = []
-    values = _read_table(table, Site, problems)
+    values = _read_table(table, kind, problems)
     raise_all(ClusterError, problems)
-    return {"name": path.stem} | values
+    return values
 
 
 def parse_bytes(text: str) -> int | None:
@@ -58,7 +78,7 @@ def parse_bytes(text: str) -> int | None:
 
 def _read_table(table: Table, kind: type[Any], problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in fields(kind) if field.name != "source"]
+    known = [field.name for field in fields(kind) if field.name not in ("source", "learned")]
     values: dict[str, Any] = {}
     for key, node in table.items.items():
         if key not in known:

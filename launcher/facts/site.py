@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError, LauncherError
+from launcher.facts.learned import SUFFIX, Learned, learned_path
 from launcher.facts.offer import Container, Partition, Site
 from launcher.facts.probe import cluster_name, probe_machine, probe_slurm, slurm_answers
-from launcher.facts.profile import read_profile
+from launcher.facts.profile import read_learned, read_profile
 from launcher.recipe.problems import nearest
 from launcher.recipe.shipped import shipped_folder
 
-__all__ = ["Container", "Partition", "Site", "profile_path", "site_facts"]
+__all__ = ["Container", "Partition", "Site", "profile_path", "site_facts", "with_learned"]
 
 _REQUIRED = ("executor", "gpu", "gpus_per_node", "max_nodes", "cpus_per_node", "mem_bytes_per_node")
 
@@ -64,7 +65,8 @@ def _profiles() -> dict[str, Path]:
     """Name -> profile; the folder of the user's project comes before the user's own, the shipped ones last."""
     settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     folders = [shipped_folder("slurm"), settings / "launcher" / "sites", Path("slurm")]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    found = (path for folder in folders for path in sorted(folder.glob("*.yaml")))
+    return {path.stem: path for path in found if not path.stem.endswith(SUFFIX)}
 
 
 def _profile_of_cluster(cluster: str) -> Path | None:
@@ -78,7 +80,20 @@ def _letters(name: str) -> str:
 
 
 def _from_profile(path: Path) -> Site:
-    return _build(read_profile(path), str(path))
+    site = _build(read_profile(path), str(path))
+    beside = (path.with_name(f"{path.stem}{SUFFIX}.yaml"), learned_path(path))
+    found = next((each for each in beside if each.is_file()), None)
+    return with_learned(site, read_learned(found)) if found else site
+
+
+def with_learned(site: Site, learned: Learned) -> Site:
+    """The site with what its runs taught; measured bandwidths replace the profile's."""
+    return replace(
+        site,
+        learned=learned,
+        intra_node_bw_bytes_s=learned.intra_node_bw_bytes_s or site.intra_node_bw_bytes_s,
+        inter_node_bw_bytes_s=learned.inter_node_bw_bytes_s or site.inter_node_bw_bytes_s,
+    )
 
 
 def _build(given: dict[str, Any], origin: str) -> Site:

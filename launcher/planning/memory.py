@@ -73,7 +73,8 @@ def estimate_memory(
     """
     alive = moments(model, candidate, stack)
     moment = max(alive, key=lambda each: each.total_bytes)
-    terms = {term: round(getattr(moment, term)) for term in TERMS if term != "runtime"}
+    learned = site.learned.memory_factor if site.learned is not None and candidate.device == "cuda" else 1.0
+    terms = {term: round(learned * getattr(moment, term)) for term in TERMS if term != "runtime"}
     runtime = _runtime_bytes(candidate, stack) + round(stack.pressure * (terms["activations"] + terms["logits"]))
     expected = sum(terms.values())
     low, high = _peak_band(terms, stack)

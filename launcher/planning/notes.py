@@ -44,7 +44,23 @@ def notes(task: Task, chosen: Estimate, alternatives: Sequence[Estimate]) -> lis
         *queue(chosen),
         *trial(task, chosen),
         *without_weights(task),
+        *learned(task),
     ]
+
+
+def learned(task: Task) -> Iterator[Advice]:
+    """Where the site's own runs corrected the predictions, how many did, and how far off they still are."""
+    found = task.site.learned
+    if found is None:
+        return
+    value = f"time x {found.step_factor:.2f}, memory x {found.memory_factor:.2f}"
+    yield Advice(
+        rule="calibration",
+        field="predictions",
+        value=value,
+        reason=f"{found.sentence} of {task.site.name}",
+        source=f"{task.site.name}.learned.yaml",
+    )
 
 
 def base_fits(task: Task, chosen: Estimate) -> Iterator[Advice]:

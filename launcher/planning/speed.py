@@ -90,12 +90,13 @@ def step_time(model: ModelShape, candidate: Candidate, site: Site, profile: Spee
     micro_batch = compute(model, candidate, device, site, profile)
     moved = traffic(model, candidate, device, site, profile)
     often = candidate.gradient_accumulation
+    learned = site.learned.step_factor if site.learned is not None else 1.0
     return StepTime(
-        compute_s=often * (micro_batch.total_s - micro_batch.dequantization_s),
+        compute_s=learned * often * (micro_batch.total_s - micro_batch.dequantization_s),
         communication_s=exposed_s(moved, micro_batch.total_s, candidate, profile),
-        optimizer_s=_optimizer_s(model, candidate, device, profile.adam_bytes)
+        optimizer_s=learned * _optimizer_s(model, candidate, device, profile.adam_bytes)
         + often * _host_traffic_s(model, candidate, device),
-        dequantization_s=often * micro_batch.dequantization_s,
+        dequantization_s=learned * often * micro_batch.dequantization_s,
     )
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.facts.learned import Learned
 
 _HEAD = ("rows", "median error", "95 % within", "bias", "inside the interval")
 _KEYS = ("median_abs_pct", "p95_abs_pct", "bias_pct", "in_interval_pct")
@@ -30,6 +36,21 @@ def print_score(scored: Mapping[str, Any], *, markdown: bool = False, files: Seq
         _print_table(out, header, rows)
     for line in _sentences(scored):
         out.print(line, markup=False)
+
+
+def print_learned(learned: Learned, path: Path, *, as_json: bool, dry_run: bool) -> None:
+    """What calibration found, and where the next plan finds it."""
+    from rich.console import Console
+
+    out = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        out.print(json.dumps({"path": str(path), **asdict(learned)}, indent=2), markup=False)
+        return
+    out.print(f"{learned.sentence}: time x {learned.step_factor:.2f}, memory x {learned.memory_factor:.2f}")
+    for what, bandwidth in (("inside", learned.intra_node_bw_bytes_s), ("between", learned.inter_node_bw_bytes_s)):
+        if bandwidth:
+            out.print(f"bandwidth {what} nodes: {bandwidth / 1e9:.1f} GB/s per GPU")
+    out.print(f"{'would keep' if dry_run else 'kept'} in {path}; the next plan uses it")
 
 
 def _print_table(out: Any, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
