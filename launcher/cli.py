@@ -356,22 +356,31 @@ def wait(run: str, timeout_s: float | None, as_json: bool, parent: Path | None) 
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl...")
+@click.argument("targets", nargs=-1, metavar="FILE.jsonl|RUN...", shell_complete=_complete_run)
+@click.option("--calibrate", metavar="SITE", help="Fit this site's coefficients to its finished runs and keep them.")
 @click.option("--markdown", is_flag=True, help="Print the error tables as Markdown.")
+@click.option("--dry-run", is_flag=True, help="With --calibrate: say what would be kept; touch nothing.")
 @_json_flag
-def score(paths: tuple[Path, ...], markdown: bool, as_json: bool) -> None:
-    """Compare predictions with measured runs: published rows, one JSON object a line."""
-    from launcher.planning.published import read_published
-    from launcher.planning.score import score as score_rows
+@_runs_option
+def score(
+    targets: tuple[str, ...], calibrate: str | None, markdown: bool, dry_run: bool, as_json: bool, parent: Path | None
+) -> None:
+    """Compare predictions with what was measured: published rows, or own runs."""
     from launcher.planning.score import summary
+    from launcher.report.score import print_learned, print_score
+    from launcher.runs.measured import calibrate_site, score_all
 
-    scored = summary(score_rows([row for path in paths for row in read_published(path)]))
+    if calibrate:
+        learned, path = calibrate_site(calibrate, targets, parent, dry_run=dry_run)
+        print_learned(learned, path, as_json=as_json, dry_run=dry_run)
+        return
+    if not targets:
+        raise click.UsageError("name a file of published rows (.jsonl) or runs; --calibrate SITE takes all of a site's")
+    scored = summary(score_all(targets, parent))
     if as_json:
         _print_json(scored)
-        return
-    from launcher.report.score import print_score
-
-    print_score(scored, markdown=markdown, files=[str(path) for path in paths])
+    else:
+        print_score(scored, markdown=markdown, files=targets)
 
 
 if __name__ == "__main__":
