@@ -41,6 +41,8 @@ HF_TRAINER = replace(
 """Hugging Face Trainer (and what is built on it) with transformers 4.x on torch 2.x: adapters in fp32 (PEFT), multi-
 tensor AdamW, one more parameter-sized list in its step (10.0 and 20.0 bytes per parameter, measured). Expandable
 segments are off: what nvidia-smi shows beyond the peak grows with the tensors of a micro-batch."""
+_UNSWEPT = (0.88, 1.12)
+"""Band of stacks of which nobody published a sweep: their temporaries are read off single runs or documentation."""
 _EXPANDABLE: dict[str, Any] = {"reserve": None, "pressure": 0.0, "fragmentation": (1.0, 1.08, 1.25)}
 _FSDP_RESERVE: dict[str, Any] = {"reserve": (0.2, 0.0), "pressure": 0.13}
 """Gathered units come and go between activations, so that more of the allocator's blocks fit nothing else."""
@@ -49,12 +51,13 @@ _STACKS: dict[str, StackProfile] = {
     profile.name: profile
     for profile in (
         HF_TRAINER,
-        replace(HF_TRAINER, name="trl"),
-        replace(HF_TRAINER, name="llama-factory"),
-        replace(HF_TRAINER, name="axolotl", foreach=False),
+        replace(HF_TRAINER, name="trl", peak_band=_UNSWEPT),
+        replace(HF_TRAINER, name="llama-factory", peak_band=_UNSWEPT),
+        replace(HF_TRAINER, name="axolotl", foreach=False, peak_band=_UNSWEPT),
         replace(
             HF_TRAINER,
             name="unsloth",
+            peak_band=_UNSWEPT,
             logits=_KEPT_FUSED_LOSS,
             layer_temporaries=_FAST_LAYER,
             foreach=False,
@@ -63,6 +66,7 @@ _STACKS: dict[str, StackProfile] = {
         replace(
             HF_TRAINER,
             name="torchtune",
+            peak_band=_UNSWEPT,
             # Recipes switch on fused AdamW, and a cross-entropy in eight chunks that keeps only 16-bit logits whole.
             foreach=False,
             logits=(2 + 12 / 8, 6.0),
@@ -72,6 +76,7 @@ _STACKS: dict[str, StackProfile] = {
         replace(
             HF_TRAINER,
             name="torchtitan",
+            peak_band=_UNSWEPT,
             foreach=False,
             logits=(12.0, 6.0),
             layer_temporaries=_FAST_LAYER,
