@@ -7,14 +7,15 @@ here looks at a measured number to make a prediction.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import DataError, LauncherError
+from launcher.errors import DataError, LauncherError, ModelError
 from launcher.facts.gpu import gpu
-from launcher.facts.model import model_shape
+from launcher.facts.model import catalogue, model_shape
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.candidates import buckets
@@ -31,7 +32,11 @@ _STAGES = {
 }  # fmt: skip
 """What is partitioned, in ZeRO's terms: optimizer (1), gradients (2), weights (3)."""
 _METHODS = {"full": "full", "sft": "full", "lora": "lora", "qlora": "qlora", "dora": "dora"}
-_ATTENTION = {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
+_FLASH = dict.fromkeys(("flash", "flash2", "flash3", "flash_attention_2"), "flash_attention_2")
+_ATTENTION = {**_FLASH, **dict.fromkeys(("sdpa", "xformers", "flex"), "sdpa"), "eager": "eager"}
+_OFFLOADED = {"params", "parameters", "gradients", "optimizer", "activations"}
+_SUFFIX = re.compile(r"(-(gptq|awq|hf|bf16|fp16|unsloth|bnb|4bit|int4|gptq-int4))+$")
+"""What mirrors add to a model's name without changing its shape."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _DEFAULT_BUCKET, _DEFAULT_LIVE = 500_000_000, 1_000_000_000
@@ -157,7 +162,7 @@ def _missing(model: Any, setup: Mapping[str, Any]) -> str | None:
 
 
 def _run(model_name: str, setup: Mapping[str, Any]) -> Run:
-    model = model_shape(ModelSection(name_or_path=model_name))
+    model = _shape(model_name)
     card, knows = _gpu_name(setup.get("gpu"))
     nodes = int(setup.get("nodes") or 1)
     per_node = max(1, int(setup["gpus"]) // nodes)
@@ -181,6 +186,25 @@ def _run(model_name: str, setup: Mapping[str, Any]) -> Run:
     )
 
 
+def _shape(name: str) -> ModelShape:
+    """The shape of a model or of a mirror of it: the same name under another owner, quantized or converted.
+
+    Raises:
+        ModelError: neither is in the catalogue.
+    """
+    try:
+        return model_shape(ModelSection(name_or_path=name))
+    except ModelError:
+        mirrored = [row["name"] for row in catalogue().values() if _bare(row["name"]) == _bare(name)]
+        if not mirrored:
+            raise
+        return model_shape(ModelSection(name_or_path=mirrored[0]))
+
+
+def _bare(name: str) -> str:
+    return _SUFFIX.sub("", name.rpartition("/")[2].lower()).removeprefix("meta-")
+
+
 def _gpu_name(name: Any) -> tuple[str, bool]:
     try:
         return gpu(str(name)).name, True
@@ -190,7 +214,7 @@ def _gpu_name(name: Any) -> tuple[str, bool]:
 
 def _candidate(model: ModelShape, setup: Mapping[str, Any], card: str, nodes: int, per_node: int) -> Candidate:
     method = _known(setup, "method", _METHODS)
-    offload = setup.get("offload") or []
+    offload = _offloaded(setup)
     return Candidate(
         method=method,
         gpu=card,
@@ -199,11 +223,11 @@ def _candidate(model: ModelShape, setup: Mapping[str, Any], card: str, nodes: in
         gpus_per_node=per_node,
         zero_stage=_known(setup, "sharding", _STAGES, default="none"),
         offload_optimizer="cpu" if "optimizer" in offload else "none",
-        offload_param="cpu" if {"params", "parameters", "param"} & set(offload) else "none",
+        offload_param="cpu" if "params" in offload else "none",
         nvme_path=None,
         micro_batch=int(setup["micro_batch"]),
         gradient_accumulation=int(setup.get("gradient_accumulation") or 1),
-        gradient_checkpointing=setup.get("gradient_checkpointing") in (True, "selective"),
+        gradient_checkpointing=bool(setup.get("gradient_checkpointing")),
         checkpointing_reentrant=False,
         precision="fp32" if setup.get("weights_dtype") == "fp32" and not setup.get("autocast") else "bf16",
         attn_implementation=_known(setup, "attention", _ATTENTION, default="sdpa"),
@@ -220,6 +244,19 @@ def _candidate(model: ModelShape, setup: Mapping[str, Any], card: str, nodes: in
         quant=_quant(setup) if setup.get("quantization") or method == "qlora" else None,
         buckets=_buckets(model, setup),
     )
+
+
+def _offloaded(setup: Mapping[str, Any]) -> set[str]:
+    """What leaves the GPU: params, optimizer, activations. FSDP updates offloaded weights where they are."""
+    asked = setup.get("offload") or []
+    names = set(asked.replace(",", " ").split() if isinstance(asked, str) else map(str, asked))
+    if names - _OFFLOADED:
+        raise _UnknownError(f"setup.offload is {sorted(names)}; known: {', '.join(sorted(_OFFLOADED))}")
+    if "parameters" in names:
+        names.add("params")
+    if "params" in names and not str(setup.get("sharding")).startswith("zero"):
+        names.add("optimizer")
+    return names
 
 
 def _known(setup: Mapping[str, Any], key: str, values: Mapping[str, Any], default: str = "") -> Any:

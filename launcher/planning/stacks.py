@@ -108,6 +108,7 @@ def stack_of(setup: Mapping[str, Any], model: ModelShape) -> StackProfile:
         return base
     sharding = str(setup.get("sharding") or "none")
     zero = sharding.startswith("zero")
+    checkpointing = setup.get("gradient_checkpointing")
     fsdp = not zero and sharding not in ("none", "ddp")
     profile = replace(
         base,
@@ -123,8 +124,8 @@ def stack_of(setup: Mapping[str, Any], model: ModelShape) -> StackProfile:
         adapter_input_bytes=_adapter_input_bytes(setup, base),
         residual_fp32=bool(setup.get("kbit_fp32_upcast")) and not fsdp,
         backward_keeps_residuals=sharding in ("fsdp", "hsdp") and base.adapter_bytes != 2,
-        activations_offloaded="activations" in (setup.get("offload") or ()),
-        selective_checkpointing=setup.get("gradient_checkpointing") == "selective",
+        activations_offloaded="activations" in (setup.get("offload") or ()) or checkpointing in ("unsloth", "offload"),
+        selective_checkpointing=checkpointing == "selective",
         compiled=_COMPILED if setup.get("compile") else 1.0,
         quantization=str(setup.get("quantization") or "nf4"),
     )

@@ -144,6 +144,24 @@ def test_projections_are_found_under_fused_names():
     assert lora.target_modules == ("qkv_proj",)
 
 
+@pytest.mark.parametrize(
+    "mirror", ["TheBloke/Llama-2-7B-GPTQ", "NousResearch/Llama-2-7b-hf", "unsloth/llama-2-7b-bnb-4bit"]
+)
+def test_mirrors_have_the_shape_of_the_original(mirror):
+    """Published rows name conversions; quantizing changes no shape."""
+    assert published(row(mirror)).run.model.name == "meta-llama/Llama-2-7b-hf"
+
+
+def test_fsdp_updates_offloaded_weights_on_the_host():
+    """Gradients and optimizer states go where FSDP's weights are; DeepSpeed offloads each by itself."""
+    fsdp, zero = (
+        published(row(method="full", sharding=sharding, gpus=8, offload=["params"])).run.candidate
+        for sharding in ("fsdp", "zero3")
+    )
+    assert (fsdp.offload_param, fsdp.offload_optimizer) == ("cpu", "cpu")
+    assert (zero.offload_param, zero.offload_optimizer) == ("cpu", "none")
+
+
 # ---------------------------------------------------------------- physics of the profiles
 
 
