@@ -18,6 +18,8 @@ from launcher.errors import JobFailedError, LauncherError
 
 if TYPE_CHECKING:
     from launcher.planning.objective import Objective
+    from launcher.planning.plan import Plan
+    from launcher.report.inspection import Inspection
     from launcher.runs.folder import RunFolder
 
 _SBATCH_FLAGS = {
@@ -142,7 +144,9 @@ def _notices(notices: Sequence[str]) -> None:
 @_recipe_argument
 @_override_arguments
 @_json_flag
-@click.option("--explain", is_flag=True, help="Show every memory and time term with its formula.")
+@click.option("--explain", is_flag=True, help="Show every formula with this plan's numbers and its source.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the plan as one self-contained page, too.")
+@click.option("--trace", is_flag=True, help="Measure one step of the real model class on fake tensors (needs torch).")
 @click.option("--alternatives", is_flag=True, help="Show every alternative, the rejected ones too.")
 @_objective_option
 @_queue_option
@@ -151,13 +155,14 @@ def plan(
     overrides: tuple[str, ...],
     as_json: bool,
     explain: bool,
+    html: Path | None,
+    trace: bool,
     alternatives: bool,
     objective: Objective,
     ask_queue: bool | None,
 ) -> None:
     """Say what will run, whether it fits, how long it takes, what it costs and why."""
     from launcher.errors import DoesNotFitError
-    from launcher.planning.plan import plan_to_json
     from launcher.planning.prepare import plan_recipe
     from launcher.recipe.shipped import find_recipe
 
@@ -168,14 +173,42 @@ def plan(
         decided = planned.plan
     except DoesNotFitError as error:
         refused, decided = error, error.plan
-    if as_json:
-        _print_json(plan_to_json(decided))
-    else:
-        from launcher.report.text import print_plan
+    inspection = None
+    if explain or trace or html:
+        from launcher.report.inspection import Inspection
 
-        print_plan(decided, explain=explain, all_alternatives=alternatives, recipe_argument=recipe)
+        inspection = Inspection.of(decided, find_recipe(recipe), _overrides(overrides))
+    _show_plan(decided, recipe, inspection, as_json=as_json, explain=explain, trace=trace, alternatives=alternatives)
+    if inspection is not None and html is not None:
+        inspection.write_html(html, recipe)
+        click.echo(f"wrote {html}", err=True)
     if refused is not None:
         raise refused
+
+
+def _show_plan(
+    decided: Plan,
+    recipe: str,
+    inspection: Inspection | None,
+    *,
+    as_json: bool,
+    explain: bool,
+    trace: bool,
+    alternatives: bool,
+) -> None:
+    """Print a plan, and what was asked for beside it, as text or as one JSON document."""
+    from launcher.planning.plan import plan_to_json
+    from launcher.report.text import print_plan
+    from launcher.report.trace import print_trace, trace_to_json
+
+    traced = inspection.traced() if inspection is not None and trace else None
+    if as_json:
+        _print_json(plan_to_json(decided) | ({"trace": trace_to_json(*traced)} if traced else {}))
+        return
+    explained = inspection.explained() if inspection is not None and explain else ()
+    print_plan(decided, explained=explained, all_alternatives=alternatives, recipe_argument=recipe)
+    if traced:
+        print_trace(*traced)
 
 
 @main.command()

@@ -20,6 +20,7 @@ from typing import Any
 from launcher.errors import ClusterError, ModelError
 from launcher.facts.model import catalogue
 from launcher.facts.shape import ModelShape
+from launcher.facts.site import Site
 from launcher.planning.memory import Moment, moments
 from launcher.planning.plan import Candidate
 from launcher.planning.states import weight_bytes
@@ -172,6 +173,16 @@ def trace_step(
     total = _layer_count(config) if len(layers) > 1 else layers[0]
     answer = _answer(request, python or sys.executable, cache or trace_cache())
     return _extrapolated(answer, total)
+
+
+def trace_recipe(model: ModelSection, candidate: Candidate, site: Site) -> Trace:
+    """Trace what a plan chose, in the train environment of its site (its `venv`, else this interpreter).
+
+    Raises:
+        ClusterError, ModelError: as `trace_step`.
+    """
+    python = str(Path(site.venv).expanduser() / "bin" / "python") if site.venv else None
+    return trace_step(model_config(model), candidate, python=python)
 
 
 def trace_cache() -> Path:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from launcher.report.explain import Line
+
 GIB = 2**30
 _BAR = 40
 _COLOURS = {
@@ -31,7 +33,7 @@ _SHOWN_ALTERNATIVES = 6
 def print_plan(
     plan: Plan,
     *,
-    explain: bool = False,
+    explained: Sequence[Line] = (),
     all_alternatives: bool = False,
     recipe_argument: str | None = None,
     console: Console | None = None,
@@ -43,9 +45,9 @@ def print_plan(
     out.print()
     out.print(_memory_table(plan.chosen))
     out.print(_memory_sentence(plan.chosen))
-    if explain:
+    if explained:
         out.print()
-        out.print(_explanation(plan))
+        out.print(_explanation(explained))
     _print_alternatives(out, plan, all_alternatives)
     _print_reasons(out, plan)
     out.print()
@@ -155,48 +157,18 @@ def _memory_sentence(chosen: Estimate) -> str:
     )
 
 
-def _explanation(plan: Plan) -> Table:
-    """Every term with its formula and this plan's numbers."""
+def _explanation(lines: Sequence[Line]) -> Table:
+    """Every formula with this plan's numbers, its result and its source."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="How the numbers come about", title_justify="left", box=None, pad_edge=False)
-    for name in ("TERM", "FORMULA", "HERE"):
-        table.add_column(name, overflow="fold")
-    for term, formula, here in explain_terms(plan):
-        table.add_row(term, formula, here)
+    for name in ("TERM", "FORMULA, AND HERE", "RESULT", "SOURCE"):
+        table.add_column(name, overflow="fold", justify="right" if name == "RESULT" else "left")
+    for line in lines:
+        formula = Text.assemble(line.formula, "\n", ("= " + line.numbers, "dim"))
+        table.add_row(Text(line.term), formula, Text(line.result), Text(line.source, style="dim"))
     return table
-
-
-def explain_terms(plan: Plan) -> list[tuple[str, str, str]]:
-    """(term, formula, this plan's numbers), in words, for `--explain`."""
-    chosen, candidate, ranks = plan.chosen, plan.chosen.candidate, plan.chosen.candidate.world_size
-    total, trained = _count(plan.params), _count(chosen.trainable_params)
-    stage, held = candidate.zero_stage, _held(candidate)
-    tokens = candidate.micro_batch * candidate.seq_len
-    shards = {1: "optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
-    terms = {name: gib(value) for name, value in chosen.memory.terms_bytes.items()}
-    optimizer = "12 B (fp32 master, two moments)" if stage else "8 B (two moments)"
-    kept = "inputs of every layer" if candidate.gradient_checkpointing else "all activations of every layer"
-    return [
-        ("weights", f"{held} per parameter{' / ranks' if stage == 3 else ''}", f"{total} -> {terms['weights']}"),
-        ("gradients", f"alive at {chosen.memory.binding}", f"{trained} trained -> {terms['gradients']}"),
-        ("optimizer", f"{optimizer} per trained parameter", f"{trained} -> {terms['optimizer']}"),
-        ("sharding", f"ZeRO-{stage}: {shards.get(stage, 'nothing')} over {ranks} ranks", _sharding(candidate)),
-        ("activations", f"{kept}, per token", f"{tokens:,} tokens -> {terms['activations']}"),
-        ("logits", "vocabulary x fp32 copies alive in the loss", f"{tokens:,} tokens -> {terms['logits']}"),
-        ("gathered", "whole weights beyond the resident ones", terms["gathered"]),
-        ("runtime", "CUDA context and NCCL, outside the allocator", terms["runtime"]),
-        ("step", "compute + exposed communication + optimizer + dequantization", f"{chosen.step_s.expected:.3g} s"),
-        ("tokens/s", "global batch x tokens / step / ranks", f"{chosen.tokens_per_s_per_gpu:,.0f}"),
-        ("steps", "tokens / (tokens per row x global batch) x epochs, or max_steps", f"{chosen.steps:,}"),
-    ]
-
-
-def _held(candidate: Candidate) -> str:
-    if candidate.quant is not None:
-        return "4 bits and scales (linear layers), 2 B (the rest)"
-    fp32 = candidate.precision == "fp32" or (candidate.method == "full" and candidate.zero_stage == 0)
-    return "4 B" if fp32 else "2 B"
 
 
 # ---------------------------------------------------------------- what else

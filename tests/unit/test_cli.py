@@ -45,6 +45,23 @@ def test_a_plan_that_does_not_fit_is_printed_and_exits_6() -> None:
     assert "fit" in result.stderr
 
 
+def test_a_plan_can_be_written_as_a_page_whether_it_fits_or_not() -> None:
+    """The same exit code, and the page with its formulas beside the printed plan."""
+    fits = run("plan", "tiny-cpu", "--html", "fits.html")
+    refused = run("plan", "llama3.1-70b-full", "slurm.nodes=1", "slurm.gpus_per_node=1", "--html", "refused.html")
+    assert (fits.exit_code, refused.exit_code) == (0, 6)
+    assert "This fits." in Path("fits.html").read_text(encoding="utf-8")
+    assert "This does not fit" in Path("refused.html").read_text(encoding="utf-8")
+    assert "How the numbers come about" in Path("fits.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_is_a_usage_error() -> None:
+    """No traceback for a folder that is not there."""
+    done = run("plan", "tiny-cpu", "--html", "no/such/folder/plan.html")
+    assert done.exit_code == 2
+    assert "no/such/folder/plan.html" in done.stderr
+
+
 def test_every_mistake_of_a_command_is_reported_at_once() -> None:
     """Two wrong overrides cost one round trip, not two."""
     result = run("plan", "tiny-cpu", "train.learing_rate=1", "lora.r=0")

@@ -5,8 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from launcher.facts.model import model_shape
+from launcher.report.explain import explain
 from launcher.report.text import duration, print_plan, print_recipes
-from tests.unit.planning.examples import CPU, LLAMA_8B, LLAMA_70B, RTX4090, SIX, a_recipe, plan_of
+from tests.unit.planning.examples import A100, CPU, LLAMA_8B, LLAMA_70B, RTX4090, SIX, a_recipe, plan_of
 
 
 def printed(plan, **options):
@@ -44,11 +46,15 @@ def test_reasons_of_rejected_alternatives_are_shown_on_request():
 
 
 def test_explain_shows_every_term():
-    """Each memory term and the step time come with a formula in words."""
-    text = printed(plan_of(SIX["8b-full-1x8"]), explain=True)
-    for term in ("weights", "gradients", "optimizer", "activations", "logits", "tokens/s"):
-        assert term in text
-    assert "ZeRO-2: optimizer and gradients over 8 ranks" in text
+    """Each term comes with its formula, its numbers, its result and its source."""
+    recipe = SIX["8b-full-1x8"]
+    plan = plan_of(recipe)
+    lines = explain(plan, model_shape(recipe.model), A100)
+    text = printed(plan, explained=lines)
+    for line in lines:
+        assert line.term in text
+        assert line.result in text
+    assert "ZeRO-2" in text
 
 
 def test_cpu_ranks_are_called_what_they_are():
