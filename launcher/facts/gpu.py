@@ -20,7 +20,15 @@ GIB = 2**30
 CPU_CORE_FLOPS = 40e9
 """fp32 FLOP/s that one CPU core sustains in torch training of small models. Measured with AVX2 and 12-16 M parameters:
 85e9 per second of one core's time with one thread, 56e9 with two threads on two cores, less where others share them."""
-_GENERIC = {"a100": "A100-80GB", "h100": "H100-80GB", "v100": "V100-16GB", "4090": "RTX-4090", "3090": "RTX-3090"}
+_GENERIC = {
+    "a100": "A100-80GB",
+    "h100": "H100-80GB",
+    "v100": "V100-16GB",
+    "4090": "RTX-4090",
+    "3090": "RTX-3090",
+    "a100pcie": "A100-80GB-PCIe",
+    "h10080gbpcie": "H100-PCIe",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +92,12 @@ def gpu(name: str) -> Gpu:
     key = _normal(name)
     bare = key.replace("pcie", "")
     match = (
-        known.get(key) or known.get(bare) or known.get(_normal(_GENERIC.get(bare, ""))) or _longest_inside(key, known)
+        known.get(key)
+        or known.get(_normal(_GENERIC.get(key, "")))
+        or known.get(bare)
+        or known.get(_normal(_GENERIC.get(bare, "")))
+        or known.get(_normal(re.sub(r"\d+ ?gb", "", name.lower())))
+        or _longest_inside(key, known)
     )
     if match is None:
         close = get_close_matches(key, known, n=1)
@@ -138,7 +151,9 @@ def _normal(name: str) -> str:
     """Spelling without vendor, form factor and punctuation: "NVIDIA A100-SXM4-80GB" -> "a10080gb"."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     dropped = {"nvidia", "amd", "geforce", "instinct", "tesla", "sxm", "sxm2", "sxm4", "sxm5", "hbm3", "hbm3e", "rtx"}
-    return "".join(word for word in words if word not in dropped)
+    kept = [word for word in words if word not in dropped]
+    # "A100-PCIE-40GB" and "A100 80GB PCIe" are the same kind of name.
+    return "".join(word for word in kept if word != "pcie") + ("pcie" if "pcie" in kept else "")
 
 
 def _longest_inside(key: str, known: dict[str, Gpu]) -> Gpu | None:

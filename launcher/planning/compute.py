@@ -30,6 +30,8 @@ _EXPERT_LAUNCH_S = 0.1e-3
 """Host time per expert and pass where experts run one after another."""
 _ADAPTER_LAUNCH = 0.8
 """Kernels that adapters add to a layer, relative to the layer's own."""
+_TILE = 64
+"""Columns of the smallest matmul tile that keeps the tensor cores busy."""
 _DEQUANTIZE_SHARE = 0.75
 """Bandwidth of the 4-bit dequantization kernel relative to streaming ones."""
 _MASKED_ATTENTION = 0.6
@@ -179,10 +181,11 @@ def compute(model: ModelShape, candidate: Candidate, device: Gpu, site: Site, pr
 def _adapter_matmul_s(
     model: ModelShape, candidate: Candidate, tokens: int, peak: float, profile: SpeedProfile
 ) -> float:
-    """Low-rank products are thin: about a tenth of the speed of square ones."""
-    if candidate.method == "full":
+    """Low-rank products fill `r` of a matmul tile's columns; reading inputs and writing outputs counts elsewhere."""
+    if candidate.lora is None:
         return 0.0
-    return tokens * 2.0 * trainable_params(model, candidate) * passes(candidate, profile) / (0.1 * peak)
+    filled = min(1.0, candidate.lora.r / _TILE)
+    return tokens * 2.0 * trainable_params(model, candidate) * passes(candidate, profile) / (filled * peak)
 
 
 def _dequantization_s(model: ModelShape, candidate: Candidate, bandwidth: float, profile: SpeedProfile) -> float:

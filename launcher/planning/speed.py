@@ -101,13 +101,20 @@ def step_time(model: ModelShape, candidate: Candidate, site: Site, profile: Spee
 
 
 def step_interval(time: StepTime, candidate: Candidate, profile: SpeedProfile = OUR_SPEED) -> Interval:
-    """Low, expected and high; a CPU's speed depends on who else uses it, an offloaded step on the host's memory."""
+    """Low, expected and high: wider where others use the CPU, the host's memory or its bus (offload, PCIe boxes)."""
     low, high = profile.band
     if candidate.device == "cpu":
         low, high = 0.5, 2.5
     elif candidate.offload_optimizer != "none" or candidate.offload_param != "none":
         low, high = 0.6, 1.7
+    elif candidate.world_size > 1 and _over_pcie(candidate):
+        low, high = 0.75, 1.6
     return Interval(low=low * time.total_s, expected=time.total_s, high=high * time.total_s)
+
+
+def _over_pcie(candidate: Candidate) -> bool:
+    device = gpu(candidate.gpu)
+    return device.link_bytes_s < device.pcie_bytes_s
 
 
 def _optimizer_s(model: ModelShape, candidate: Candidate, device: Gpu, adam_bytes: float) -> float:

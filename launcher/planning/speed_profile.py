@@ -72,16 +72,23 @@ _STACKS = {
     "torchtune": SpeedProfile(name="torchtune", elementwise=0.6, expert_loop=False),
     "fms-fsdp": SpeedProfile(name="fms-fsdp", elementwise=_FUSED, expert_loop=False),
     "nemo-automodel": SpeedProfile(name="nemo-automodel", elementwise=_FUSED, loss_bytes_per_logit=10),
+    # Triton kernels for norms, rotary, MLP, loss and adapters.
+    "unsloth": SpeedProfile(
+        name="unsloth", elementwise=_FUSED, loss_bytes_per_logit=10, adapter_fused=True, expert_loop=False
+    ),
     "launcher": OUR_SPEED,
 }
 
 
 def speed_of(setup: Mapping[str, Any]) -> SpeedProfile:
     """The profile of a published row's stack; an unknown stack counts as Hugging Face models in eager PyTorch."""
-    profile = _STACKS.get(str(setup.get("stack")), replace(HF_TRAINER, name=str(setup.get("stack") or "unknown")))
+    profile = _STACKS.get(
+        str(setup.get("stack")).lower(), replace(HF_TRAINER, name=str(setup.get("stack") or "unknown"))
+    )
     fast = bool(setup.get("fast_kernels") or setup.get("compile"))
     hugging_face = profile.wraps_adapters
     selective = setup.get("gradient_checkpointing") == "selective"
+    deepspeed = bool(setup.get("deepspeed")) or str(setup.get("sharding")).startswith("zero")
     fused_loss = bool(setup.get("fused_loss") or fast)
     return replace(
         profile,
@@ -89,17 +96,21 @@ def speed_of(setup: Mapping[str, Any]) -> SpeedProfile:
         fused_only_llama=profile.fused_only_llama and not setup.get("compile"),
         loss_bytes_per_logit=10.0 if fused_loss else profile.loss_bytes_per_logit,
         adapter_fp32=hugging_face and not setup.get("autocast"),
-        # The fused low-rank kernels in use are written for quantized bases.
-        adapter_fused=bool(setup.get("fast_kernels")) and setup.get("method") == "qlora",
+        adapter_fused=profile.adapter_fused or _fused_adapters(setup),
         residual_fp32_after_kbit=bool(setup.get("kbit_fp32_upcast")),
-        adam_bytes=14.0 if _pure_16_bit(setup) else profile.adam_bytes,
+        adam_bytes=14.0 if _pure_16_bit(setup) and not deepspeed else profile.adam_bytes,
         recompute=0.5 if selective else 1.0,
-        unit_s=OUR_SPEED.unit_s if setup.get("deepspeed") else profile.unit_s,
-        wraps_adapters=profile.wraps_adapters and not setup.get("deepspeed"),
-        gathers_modules=profile.gathers_modules or bool(setup.get("deepspeed")),
+        unit_s=OUR_SPEED.unit_s if deepspeed else profile.unit_s,
+        wraps_adapters=profile.wraps_adapters and not deepspeed,
+        gathers_modules=profile.gathers_modules or deepspeed,
     )
 
 
 def _pure_16_bit(setup: Mapping[str, Any]) -> bool:
     sixteen = setup.get("weights_dtype") in ("bf16", "fp16")
-    return sixteen and not (setup.get("fp32_master") or setup.get("autocast") or setup.get("deepspeed"))
+    return sixteen and not (setup.get("fp32_master") or setup.get("autocast"))
+
+
+def _fused_adapters(setup: Mapping[str, Any]) -> bool:
+    """A compiler fuses what surrounds the low-rank products; hand-written kernels do for quantized bases."""
+    return bool(setup.get("compile")) or (bool(setup.get("fast_kernels")) and setup.get("method") == "qlora")

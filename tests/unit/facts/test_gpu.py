@@ -12,7 +12,11 @@ from launcher.facts.gpu import GIB, gpu, gpu_names
         ("A100-80GB", "A100-80GB"),
         ("a100", "A100-80GB"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB-PCIe"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"),
+        ("H100-80GB-PCIe", "H100-PCIe"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("NVIDIA GH200 120GB HBM3", "GH200"),
         ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("NVIDIA H100 PCIe", "H100-PCIe"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
@@ -43,3 +47,14 @@ def test_entries_are_plausible(name):
     assert 0.5 <= entry.efficiency < 0.95
     assert 0.3 <= entry.attention < entry.efficiency
     assert 1e9 < entry.network_bytes_s < entry.link_bytes_s
+
+
+def test_another_size_of_memory_is_another_card():
+    """An A100 with 64 GB exists, and is none of ours: memory would be wrong."""
+    with pytest.raises(ClusterError, match="A100-64GB"):
+        gpu("A100-64GB")
+
+
+def test_pcie_cards_have_no_nvlink():
+    """The same chip in a server without NVLink talks ten times slower: ZeRO-3 there is another decision."""
+    assert gpu("A100-80GB-PCIe").link_bytes_s < gpu("A100-80GB").link_bytes_s / 5

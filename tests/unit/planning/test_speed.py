@@ -158,6 +158,38 @@ def test_offload_pays_for_the_hosts_memory_and_pcie():
     assert interval.high / interval.expected > 1.5
 
 
+def test_rank_costs_what_its_tiles_cost():
+    """Rank 64 fills a matmul tile; rank 8 wastes most of it, so that eight times the rank is not eight times slower."""
+    model, base = shape(), a_candidate(method="lora", gpus=1)
+    times = [
+        compute(model, replace(base, lora=replace(base.lora, r=rank)), gpu("A100-80GB"), A100, OUR_SPEED).matmul_s
+        for rank in (8, 64, 128)
+    ]
+    assert times[0] == pytest.approx(times[1], rel=0.01)
+    assert times[2] > times[1]
+
+
+@pytest.mark.parametrize(
+    ("setup", "low", "high"),
+    [
+        ({"stack": "hf-trainer"}, 1.0, 1.0),
+        ({"stack": "unheard-of"}, 1.0, 1.0),
+        ({"stack": "torchtune", "compile": True}, 0.3, 0.5),
+        ({"stack": "Unsloth"}, 0.3, 0.5),
+    ],
+)
+def test_stacks_differ_in_their_kernels(setup, low, high):
+    """An unknown stack counts as Hugging Face models in eager PyTorch; compiled and hand-written kernels move less."""
+    assert low <= speed_of(setup).elementwise <= high
+
+
+def test_deepspeed_gathers_modules_and_fsdp_layers():
+    """Who shards decides what waits: hooks on every module, or a wrapped layer and each adapter."""
+    deepspeed, fsdp = (speed_of({"stack": "hf-trainer", "sharding": name}) for name in ("zero3", "fsdp"))
+    assert deepspeed.gathers_modules and not deepspeed.wraps_adapters
+    assert fsdp.wraps_adapters and not fsdp.gathers_modules
+
+
 # ---------------------------------------------------------------- communication
 
 
