@@ -404,8 +404,8 @@ def score(
     from launcher.runs.measured import calibrate_site, score_all
 
     if calibrate:
-        learned, path = calibrate_site(calibrate, targets, parent, dry_run=dry_run)
-        print_learned(learned, path, as_json=as_json, dry_run=dry_run)
+        learned, path, outliers = calibrate_site(calibrate, targets, parent, dry_run=dry_run)
+        print_learned(learned, path, outliers, as_json=as_json, dry_run=dry_run)
         return
     if not targets:
         raise click.UsageError("name a file of published rows (.jsonl) or runs; --calibrate SITE takes all of a site's")

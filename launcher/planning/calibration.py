@@ -18,8 +18,8 @@ from launcher.facts.site import Site
 from launcher.planning import memory, speed
 from launcher.planning.plan import Candidate
 
-_FACTORS = (0.2, 5.0)
-"""Farther off than this a run measured something else."""
+_FARTHEST = 5.0
+"""A run farther off than this says nothing of a site: too small a model, or a machine that had other work."""
 _BANDWIDTHS = tuple(1e9 * 2 ** (step / 4) for step in range(41))
 """1 GB/s to 1 TB/s in steps of a fifth: finer is beyond what a step's time can tell."""
 _ENOUGH = 2
@@ -40,14 +40,17 @@ class Sample:
 
 
 def calibrate(samples: Sequence[Sample], site: Site) -> Learned:
-    """Fit a site's coefficients, from what was learned before anew.
+    """Fit a site's coefficients anew; what was learned before does not count, nor do outliers.
 
     Raises:
-        DataError: no samples.
+        DataError: nothing to learn from.
     """
-    if not samples:
-        raise DataError(f"no finished run of site {site.name} to learn from")
     bare = replace(site, learned=None)
+    outside = outliers(samples, bare)
+    samples = [each for each in samples if each.run not in outside]
+    if not samples:
+        why = f": {', '.join(outside)} took more than {_FARTHEST:g} times longer or shorter" if outside else ""
+        raise DataError(f"no finished run of site {site.name} to learn from{why}")
     alone = [each for each in samples if each.candidate.world_size == 1]
     one_node = [each for each in samples if each.candidate.nodes == 1]
     step = _median_factor(_step_ratios(alone or one_node or samples, bare))
@@ -71,6 +74,12 @@ def calibrate(samples: Sequence[Sample], site: Site) -> Learned:
     )
 
 
+def outliers(samples: Iterable[Sample], site: Site) -> list[str]:
+    """Runs that took so much longer or shorter than predicted that nothing can be learned from them."""
+    bare = replace(site, learned=None)
+    return [each.run for each in samples if abs(math.log(_step_ratios([each], bare)[0])) > math.log(_FARTHEST)]
+
+
 def _step_ratios(samples: Iterable[Sample], site: Site) -> list[float]:
     """Measured over predicted step time of each sample."""
     return [each.step_s / speed.step_time(each.model, each.candidate, site).total_s for each in samples]
@@ -88,8 +97,7 @@ def _median_factor(ratios: Sequence[float]) -> float:
     """The typical ratio, on a logarithmic scale; 1 where nothing was measured."""
     if not ratios:
         return 1.0
-    low, high = _FACTORS
-    return min(high, max(low, math.exp(statistics.median(map(math.log, ratios)))))
+    return math.exp(statistics.median(map(math.log, ratios)))
 
 
 def _left_out_error(ratios: Sequence[float]) -> float | None:

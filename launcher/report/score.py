@@ -38,18 +38,24 @@ def print_score(scored: Mapping[str, Any], *, markdown: bool = False, files: Seq
         out.print(line, markup=False)
 
 
-def print_learned(learned: Learned, path: Path, *, as_json: bool, dry_run: bool) -> None:
+def print_learned(
+    learned: Learned, path: Path, outliers: Sequence[str], *, as_json: bool = False, dry_run: bool = False
+) -> None:
     """What calibration found, and where the next plan finds it."""
     from rich.console import Console
 
     out = Console(highlight=False, soft_wrap=True)
     if as_json:
-        out.print(json.dumps({"path": str(path), **asdict(learned)}, indent=2), markup=False)
+        out.print(
+            json.dumps({"path": str(path), **asdict(learned), "outliers": list(outliers)}, indent=2), markup=False
+        )
         return
     out.print(f"{learned.sentence}: time x {learned.step_factor:.2f}, memory x {learned.memory_factor:.2f}")
     for what, bandwidth in (("inside", learned.intra_node_bw_bytes_s), ("between", learned.inter_node_bw_bytes_s)):
         if bandwidth:
             out.print(f"bandwidth {what} nodes: {bandwidth / 1e9:.1f} GB/s per GPU")
+    if outliers:
+        out.print(f"left out, too far off to say anything: {', '.join(outliers)}", markup=False)
     out.print(f"{'would keep' if dry_run else 'kept'} in {path}; the next plan uses it")
 
 

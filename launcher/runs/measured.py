@@ -12,7 +12,7 @@ from launcher.errors import ClusterError, DataError, LauncherError
 from launcher.facts.learned import Learned, learned_path, to_yaml
 from launcher.facts.model import model_shape
 from launcher.facts.site import profile_path, site_facts
-from launcher.planning.calibration import Sample, calibrate
+from launcher.planning.calibration import Sample, calibrate, outliers
 from launcher.planning.plan import Plan, plan_from_json
 from launcher.planning.published import read_published
 from launcher.planning.score import Scored, score
@@ -41,8 +41,8 @@ def score_all(targets: Sequence[str], parent: Path | None = None) -> list[Scored
 
 def calibrate_site(
     name: str, targets: Sequence[str], parent: Path | None = None, *, dry_run: bool = False
-) -> tuple[Learned, Path]:
-    """Fit a site's coefficients to its finished runs and keep them beside its profile; returns both.
+) -> tuple[Learned, Path, list[str]]:
+    """Fit a site's coefficients to its finished runs and keep them beside its profile; returns both and the outliers.
 
     Without `targets`, every run of the runs folder that was planned for this site counts.
 
@@ -56,12 +56,13 @@ def calibrate_site(
     others = [run.run_id for run in runs if read_plan(run).site != site.name]
     if others:
         raise ClusterError(f"--calibrate {name}: planned for another site: {', '.join(others)}")
-    learned = calibrate([sample(run) for run in runs], site)
+    samples = [sample(run) for run in runs]
+    learned = calibrate(samples, site)
     path = learned_path(profile)
     if not dry_run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, to_yaml(learned, site.name))
-    return learned, path
+    return learned, path, outliers(samples, site)
 
 
 def _runs_of(site: str, parent: Path | None) -> list[RunFolder]:

@@ -9,7 +9,7 @@ from launcher.facts.learned import Learned, learned_path, to_yaml
 from launcher.facts.model import model_shape
 from launcher.facts.profile import read_learned
 from launcher.facts.site import site_facts, with_learned
-from launcher.planning.calibration import Sample, calibrate
+from launcher.planning.calibration import Sample, calibrate, outliers
 from launcher.planning.candidates import buckets
 from launcher.planning.memory import estimate_memory
 from launcher.planning.plan import LoraNumbers
@@ -87,8 +87,18 @@ def test_links_that_nothing_waited_for_stay_unknown():
 def test_one_odd_run_moves_nothing():
     """The median of five runs ignores the one that shared its node."""
     samples = [ran(slower(1.2), micro_batch=1) for _ in range(4)]
-    odd = replace(samples[0], step_s=5 * samples[0].step_s)
+    odd = replace(samples[0], run="odd", step_s=4 * samples[0].step_s)
     assert calibrate([*samples, odd], A100).step_factor == pytest.approx(1.2, rel=0.01)
+
+
+def test_a_run_that_measured_something_else_is_left_out():
+    """Twenty times as long is another machine's work, or a model too small to tell; alone it teaches nothing."""
+    samples = [ran(slower(1.2), micro_batch=1), ran(slower(1.2), micro_batch=2)]
+    odd = replace(samples[0], run="odd", step_s=20 * samples[0].step_s)
+    assert outliers([*samples, odd], A100) == ["odd"]
+    assert calibrate([*samples, odd], A100).runs == 2
+    with pytest.raises(DataError, match="odd took more than 5 times"):
+        calibrate([odd], A100)
 
 
 def test_nothing_to_learn_from_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from launcher.errors import ClusterError
+from launcher.facts.site import site_facts
 from launcher.planning.plan import plan_to_json
+from launcher.planning.speed import step_time
 from launcher.recipe.dump import recipe_to_yaml
 from launcher.runs.folder import RunFolder, append_json_line, write_json
 from launcher.runs.measured import calibrate_site, sample, scored
@@ -27,18 +30,29 @@ mem_bytes_per_node: 16G
 
 
 def finished(
-    tmp_path: Path, *, steps: int = 4, speeds: tuple[float, ...] = (), peak_bytes: int | None = None
+    tmp_path: Path,
+    *,
+    seconds: float = 2.0,
+    steps: int = 4,
+    speeds: tuple[float, ...] = (),
+    peak_bytes: int | None = None,
 ) -> RunFolder:
-    """A run that took two seconds a step, one of tokens for each of them in `speeds`."""
+    """A run that took so many seconds a step, and logged `speeds` in tokens per second."""
     recipe = make_recipe(tmp_path)
     run = RunFolder.create(tmp_path / "runs", "tiny")
     run.recipe.write_text(recipe_to_yaml(recipe))
     write_json(run.plan, plan_to_json(make_plan()))
-    write_json(run.result, {"step": steps, "tokens": 1000 * steps, "train_s": 2.0 * steps})
+    write_json(run.result, {"step": steps, "tokens": 1000 * steps, "train_s": seconds * steps})
     run.beat(state="finishing", peak_bytes=peak_bytes)
     for number, speed in enumerate(speeds, 1):
         append_json_line(run.metrics, {"step": number, "tokens_per_s": speed})
     return run
+
+
+def predicted_s(run: RunFolder, profile: Path) -> float:
+    """What the formulas say of one step of a run."""
+    took = sample(run)
+    return step_time(took.model, took.candidate, site_facts(str(profile))).total_s
 
 
 @pytest.fixture
@@ -72,12 +86,16 @@ def test_an_unfinished_run_is_skipped_with_its_reason(tmp_path: Path) -> None:
 
 def test_calibration_keeps_what_it_learned_beside_the_profile(tmp_path: Path, profile: Path) -> None:
     """All finished runs of the site count; a dry run writes nothing."""
-    finished(tmp_path)
-    finished(tmp_path)
-    found, path = calibrate_site(str(profile), (), tmp_path / "runs", dry_run=True)
+    seconds = 1.5 * predicted_s(finished(tmp_path), profile)
+    shutil.rmtree(tmp_path / "runs")
+    runs = [finished(tmp_path, seconds=seconds), finished(tmp_path, seconds=seconds)]
+    odd = finished(tmp_path, seconds=100 * seconds)
+    found, path, outliers = calibrate_site(str(profile), (), tmp_path / "runs", dry_run=True)
     assert not path.exists()
-    assert calibrate_site(str(profile), (), tmp_path / "runs") == (found, path)
-    assert (found.runs, path) == (2, profile.with_name("test.learned.yaml"))
+    assert calibrate_site(str(profile), (), tmp_path / "runs") == (found, path, outliers)
+    assert (found.runs, path) == (len(runs), profile.with_name("test.learned.yaml"))
+    assert found.step_factor == pytest.approx(1.5, rel=0.01)
+    assert outliers == [odd.run_id]
     assert "step_factor" in path.read_text()
 
 
