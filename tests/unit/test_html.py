@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.facts.model import model_shape
 from launcher.planning.plan import Plan, Warning_
 from launcher.recipe.schema import BudgetSection
+from launcher.report.explain import explain
 from launcher.report.html import render_plan, write_plan
 from launcher.report.text import gib
-from tests.unit.planning.examples import CPU, LLAMA_70B, SIX, a_recipe, on, plan_of
+from tests.unit.planning.examples import A100, CPU, LLAMA_70B, SIX, a_recipe, on, plan_of
 
 _VOID = {"meta", "br", "img", "input", "hr", "link"}
 
@@ -140,8 +142,10 @@ def test_bars_fill_no_more_than_their_width(page: Page) -> None:
         assert 0 <= float(rect.get("x") or 0) + float(rect["width"] or 0) <= 100.01
 
 
-def test_it_can_be_read_without_seeing_it(page: Page) -> None:
-    """Language, title, labelled drawings, headed tables, no identifier twice."""
+def test_it_can_be_read_without_seeing_it(plan: Plan) -> None:
+    """Language, title, labelled drawings, headed tables, no identifier twice; formulas included."""
+    lines = explain(plan, model_shape(SIX["70b-full-8x8"].model), A100)
+    page = Page(render_plan(plan, explained=lines))
     assert page.all("html", lang="en")
     assert len(page.all("title")) >= 1
     for svg in page.all("svg"):
