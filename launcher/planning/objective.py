@@ -80,9 +80,9 @@ def _simplest(equal: Sequence[Estimate]) -> Estimate:
     return min(equal, key=lambda each: (*_complexity(each.candidate), each.memory.peak_bytes.expected))
 
 
-def _complexity(candidate: Candidate) -> tuple[int, int, int]:
-    """Fewer ranks first, then fewer offloads, then the lower stage."""
-    return candidate.world_size, _offloads(candidate), candidate.zero_stage
+def _complexity(candidate: Candidate) -> tuple[int, int, int, int]:
+    """Fewer ranks first, then fewer offloads, then the lower stage, then weights held once."""
+    return candidate.world_size, _offloads(candidate), candidate.zero_stage, candidate.hpz_partition
 
 
 def _offloads(candidate: Candidate) -> int:

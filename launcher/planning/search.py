@@ -229,8 +229,8 @@ def _other_stages(task: Task, chosen: Estimate) -> list[Estimate]:
     now = chosen.candidate
     found = []
     for sharding in shardings(task.recipe, now.method, _layout(chosen), gpu(task.site.gpu)):
-        same = (sharding.stage, sharding.offload_optimizer, sharding.offload_param)
-        if same != (now.zero_stage, now.offload_optimizer, now.offload_param):
+        same = (sharding.stage, sharding.offload_optimizer, sharding.offload_param, sharding.hpz)
+        if same != (now.zero_stage, now.offload_optimizer, now.offload_param, now.hpz_partition > 1):
             found += _representative(task, of_sharding(task, now.method, _layout(chosen), sharding))
     return [replace(each, start_s=chosen.start_s) for each in found]
 

@@ -248,6 +248,26 @@ def test_overrides_of_deepspeed_ask_for_deepspeed():
     assert deepspeed_config(candidate, section.overrides)["zero_optimization"]["overlap_comm"] is False
 
 
+# ---------------------------------------------------------------- many nodes
+
+
+@pytest.mark.parametrize(("gigabytes_s", "partition"), [(2, 8), (100, 1)])
+def test_slow_links_between_nodes_ask_for_weights_held_per_node(gigabytes_s, partition):
+    """Bandwidth decides, not habit: hpZ where a step waits for gathers between nodes, plain ZeRO-3 elsewhere."""
+    site = replace(A100, inter_node_bw_bytes_s=gigabytes_s * 1e9)
+    recipe = a_recipe(LLAMA_70B, "full", slurm=on(8, 8))
+    plan = plan_of(recipe, site)
+    assert (plan.chosen.candidate.zero_stage, plan.chosen.candidate.hpz_partition) == (3, partition)
+    assert plan_of(resolve(recipe, plan), site).chosen == plan.chosen
+
+
+def test_slow_links_make_one_node_the_better_choice():
+    """With a tenth of a gigabyte per second between nodes, sixteen of them finish later than one."""
+    slow = plan_of(a_recipe(LLAMA_8B, "full"), replace(A100, inter_node_bw_bytes_s=1e8))
+    fast = plan_of(a_recipe(LLAMA_8B, "full"), replace(A100, inter_node_bw_bytes_s=1e11))
+    assert slow.chosen.candidate.nodes == 1 < fast.chosen.candidate.nodes
+
+
 # ---------------------------------------------------------------- around the choice
 
 
