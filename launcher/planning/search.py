@@ -282,7 +282,9 @@ def _does_not_fit(task: Task, plan: Plan) -> DoesNotFitError:
     nearest = nearest_that_fits(task, chosen)
     hint = f"Nearest that fits: {'; or '.join(nearest)}." if nearest else _elsewhere(chosen)
     most = tokens_that_fit(task, candidate)
-    if 0 < most < candidate.micro_batch * candidate.seq_len:
+    if most == 0 and candidate.device == "cuda" and excess_bytes(chosen):
+        hint += " As it is, no number of tokens per micro-batch fits."
+    elif 0 < most < candidate.micro_batch * candidate.seq_len:
         hint += f" As it is, up to {most:,} tokens per micro-batch ({most / candidate.seq_len:.2g} of a row) fit."
     error = DoesNotFitError(f"No plan fits: {what}. {hint}")
     error.plan = replace(plan, chosen=replace(chosen, would_fit=nearest[0] if nearest else None))
@@ -292,7 +294,9 @@ def _does_not_fit(task: Task, plan: Plan) -> DoesNotFitError:
 def _elsewhere(chosen: Estimate) -> str:
     """What would do, where this site has nothing: the smallest catalogued GPU that holds the nearest miss."""
     needed = needed_bytes(chosen)
-    larger = [each for each in map(gpu, gpu_names()) if each.memory_bytes >= needed]
+    amd = chosen.candidate.gpu.startswith("MI")
+    same_make = [gpu(name) for name in gpu_names() if name.startswith("MI") == amd]
+    larger = [each for each in same_make if each.memory_bytes >= needed]
     if chosen.candidate.device == "cpu" or not larger or excess_bytes(chosen) == 0:
         return "Nothing on this site fits this model; a smaller model would."
     smallest = min(larger, key=lambda each: each.memory_bytes)

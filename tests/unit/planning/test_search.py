@@ -73,6 +73,8 @@ def test_70b_qlora_on_a_24_gb_card_is_refused_with_the_true_figure():
     assert error.plan.chosen.memory.terms_bytes["weights"] > 35 * GIB
     assert "GiB per GPU" in str(error)
     assert "the RTX-4090 has 23.5" in str(error)
+    assert "a GPU with at least" in str(error)
+    assert "no number of tokens per micro-batch fits" in str(error)
 
 
 @pytest.mark.parametrize(("length", "fits"), [(512, True), (4096, True), (32_768, False)])
