@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from launcher.facts.dataset import DatasetFacts
 from launcher.facts.shape import ModelShape
 from launcher.planning.plan import Advice, LoraNumbers
-from launcher.planning.trainable import ALL_LINEAR
+from launcher.planning.trainable import ALL_LINEAR, expert_targets
 from launcher.recipe.schema import AUTO, LORA_METHODS, Recipe
 
 SMALL_MODEL_PARAMS = 1_000_000_000
@@ -70,7 +70,7 @@ def _method(rule: str, value: str, reason: str, source: str) -> Advice:
 
 
 def advise_lora(
-    recipe: Recipe, data: DatasetFacts, method: str, *, quality: bool = False
+    recipe: Recipe, model: ModelShape, data: DatasetFacts, method: str, *, quality: bool = False
 ) -> tuple[LoraNumbers, list[Advice]]:
     """Rank, alpha, dropout and targets of the low-rank methods; the rules speak where the recipe does not."""
     asked = recipe.lora
@@ -83,7 +83,8 @@ def advise_lora(
         advice.append(advise_alpha(rank))
         alpha = float(advice[-1].value)
     if isinstance(dropout, str):
-        advice.append(advise_dropout(data))
+        on_experts = bool(expert_targets(model, asked.target_modules) - {"router"})
+        advice.append(advise_dropout(data, on_experts=on_experts))
         dropout = float(advice[-1].value)
     if asked.target_modules == ALL_LINEAR:
         advice.append(advise_targets())
@@ -124,10 +125,14 @@ def advise_targets() -> Advice:
     return Advice(rule="R6", field="lora.target_modules", value=ALL_LINEAR, reason=reason, source=source)
 
 
-def advise_dropout(data: DatasetFacts) -> Advice:
-    """R8: dropout for few rows only; without it adapters share their inputs, which saves memory."""
-    few = data.rows < SMALL_DATA_ROWS
+def advise_dropout(data: DatasetFacts, *, on_experts: bool = False) -> Advice:
+    """R8: dropout for few rows only; without it adapters share their inputs, which saves memory.
+
+    PEFT has none on fused experts.
+    """
+    few = data.rows < SMALL_DATA_ROWS and not on_experts
     why = "few rows overfit" if few else "enough rows; without dropout inputs are shared, which saves memory"
+    why = "adapters on fused experts take no dropout" if on_experts else why
     return Advice(
         rule="R8",
         field="lora.lora_dropout",

@@ -16,7 +16,7 @@ def tuning_of(task: Task, method: str) -> tuple[Tuning, list[Advice]]:
     lora: LoraNumbers | None = None
     advice: list[Advice] = []
     if method in LORA_METHODS:
-        lora, advice = advise_lora(task.recipe, task.data, method, quality=task.objective == "quality")
+        lora, advice = advise_lora(task.recipe, task.model, task.data, method, quality=task.objective == "quality")
     rate, more = advise_learning_rate(task.recipe, task.model, task.data, method)
     return Tuning(method=method, lora=lora, learning_rate=rate), [*advice, *more]
 
