@@ -2,7 +2,8 @@
 
 The light side of `launcher.worker.trace`: writes its request, runs it in the train environment, reads the answer and
 extrapolates from two and four layers to all of them (every moment of a step is linear in the layers, because layers
-are alike). No formula is shared with `memory`: the two check each other, and `compare` says how far they are apart.
+are alike). `trace_step` takes any config.json that transformers can build, those `facts.architecture` refuses by name
+too. No formula is shared with `memory`: the two check each other, and `compare` says how far they are apart.
 """
 
 from __future__ import annotations
