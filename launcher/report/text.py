@@ -193,8 +193,10 @@ def _alternatives_table(found: Sequence[Estimate]) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     reasons = any(each.rejected_because for each in found)
-    for name in ("  METHOD", "WHERE", "HOW", "PEAK", "TIME", "GPU-H", *(["NOT, BECAUSE IT"] if reasons else [])):
-        right = name in ("PEAK", "TIME", "GPU-H")
+    starts = any(each.start_s is not None for each in found)
+    extra = [*(["STARTS IN"] if starts else []), *(["NOT, BECAUSE IT"] if reasons else [])]
+    for name in ("  METHOD", "WHERE", "HOW", "PEAK", "TIME", "GPU-H", *extra):
+        right = name in ("PEAK", "TIME", "GPU-H", "STARTS IN")
         folds = name in ("HOW", "NOT, BECAUSE IT")
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=not folds)
     for each in found:
@@ -206,9 +208,20 @@ def _alternatives_table(found: Sequence[Estimate]) -> Table:
             f"{each.memory.peak_bytes.expected / GIB:.1f} GiB",
             duration(each.wall_s),
             f"{each.gpu_hours:,.1f}",
-            *([each.rejected_because or ""] if reasons else []),
+            *([_wait(each)] if starts else []),
+            *([_reason(each)] if reasons else []),
         )
     return table
+
+
+def _wait(each: Estimate) -> str:
+    return "" if each.start_s is None else duration(each.start_s)
+
+
+def _reason(each: Estimate) -> str:
+    """Why it is rejected, and the smallest change that would make it fit."""
+    change = f"; fits with {each.would_fit}" if each.would_fit else ""
+    return f"{each.rejected_because or ''}{change}"
 
 
 def _print_reasons(out: Console, plan: Plan) -> None:

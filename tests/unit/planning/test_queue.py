@@ -1,5 +1,6 @@
 """Asking Slurm when a job would start: bounded, never a submission, and silent where nobody answers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from launcher.cli import main
 from launcher.facts.model import model_shape
@@ -16,6 +18,7 @@ from launcher.planning.plan import JobShape, plan_from_json, plan_to_json
 from launcher.planning.queue import MOST_CALLS, NoQueue, SlurmQueue, queue_of
 from launcher.planning.search import make_plan
 from launcher.recipe.schema import BudgetSection, SlurmSection
+from launcher.report.text import print_plan
 from tests.unit.planning.examples import A100, DATA, LLAMA_8B, a_recipe, plan_of
 
 NOW = datetime(2026, 3, 1, 12, 0, 0)
@@ -141,6 +144,16 @@ def test_alternatives_are_ranked_by_when_their_result_is_there(sbatch):
     told = [each for each in planned(WIDE, asking(WIDE)).alternatives if each.fits]
     assert [each.result_s for each in told] == sorted(each.result_s for each in told)
     assert any(each.start_s for each in told)
+
+
+def test_the_table_of_alternatives_shows_waits_and_ways_out(sbatch):
+    """When each would start, why a rejected one is rejected, and what would make it fit."""
+    sbatch.starts(n1=0, n2=90, n4=90, n8=90, n16=90)
+    plan = planned(replace(WIDE, method="full"), asking(WIDE))
+    out = io.StringIO()
+    print_plan(plan, all_alternatives=True, console=Console(file=out, width=300, highlight=False))
+    assert "STARTS IN" in out.getvalue() and "90 min" in out.getvalue()
+    assert "; fits with " in out.getvalue()
 
 
 def test_without_an_answer_run_times_decide(sbatch):
