@@ -130,7 +130,7 @@ def _read_bool(text: str) -> Any:
 
 
 def _read_int(text: str) -> Any:
-    if _INT.fullmatch(text) and len(text) <= 30:
+    if _INT.fullmatch(text) and len(text) <= 300:
         return int(text)
     number = _read_float(text)  # 1e3 and 3.0 are whole numbers too
     return int(number) if isinstance(number, float) and number.is_integer() and abs(number) < 2**53 else _NO
