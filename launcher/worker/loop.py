@@ -190,8 +190,9 @@ class Loop:
         total = self.rhythm.total_steps
         speed = self._interval_tokens / max(self._interval_s, 1e-9)
         eta_s = memory.train_s / step * (total - step)
+        peak_bytes = self._peak()
         self.progress.step(
-            step=step, total_steps=total, loss=result.loss, tokens_per_s=speed, eta_s=eta_s, peak_bytes=self._peak()
+            step=step, total_steps=total, loss=result.loss, tokens_per_s=speed, eta_s=eta_s, peak_bytes=peak_bytes
         )
         if self._due(self.rhythm.logging_steps) or step in (1, total):
             numbers = {
@@ -201,7 +202,12 @@ class Loop:
                 "tokens_per_s": speed,
             }
             self.tracker.log(
-                step, **numbers, tokens=memory.tokens, samples=fingerprint(indices), applied=int(result.applied)
+                step,
+                **numbers,
+                **({"peak_bytes": peak_bytes} if peak_bytes else {}),
+                tokens=memory.tokens,
+                samples=fingerprint(indices),
+                applied=int(result.applied),
             )
             self.progress.line(step_line(step, total, numbers, eta_s))
             self._interval_tokens, self._interval_s = 0, 0.0
