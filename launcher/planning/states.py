@@ -114,7 +114,9 @@ def _torch_states(model: ModelShape, candidate: Candidate, stack: StackProfile) 
     shard = trained / (ranks if candidate.zero_stage >= 2 else 1)
     gradients = 0.0 if stack.optimizer_in_backward else size * shard
     distributed = candidate.world_size > 1 and candidate.zero_stage == 0
-    if distributed and stack.ddp_extra_gradient_copy:
+    # DDP's buckets hold gradients of their own: always in older set-ups, and where micro-batches are accumulated
+    # without sharing (no_sync), because the first of them allocates gradients that are no views into the buckets.
+    if distributed and (stack.ddp_extra_gradient_copy or candidate.gradient_accumulation > 1):
         gradients *= 2
     optimizer = optimizer_moment_bytes(candidate, size, stack) * shard
     temporary = size * shard if _is_foreach(candidate, stack) else 0.0
@@ -178,6 +180,7 @@ def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        gradients_between=gradients,
+        # Stages 1 and 2 free their gradients with the step; only accumulation carries them into the next forward.
+        gradients_between=gradients if stage == 3 or candidate.gradient_accumulation > 1 else 0.0,
         step_temporary=temporary,
     )
