@@ -19,8 +19,19 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     return replace(
         pinned,
         train=replace(pinned.train, eval_steps=evaluation_steps(recipe, plan.chosen.steps)),
+        survival=replace(pinned.survival, hang_minutes=hang_minutes(recipe, plan)),
         slurm=replace(pinned.slurm, time=plan.job.time_limit_min, cpus_per_task=plan.job.cpus_per_task),
     )
+
+
+def hang_minutes(recipe: Recipe, plan: Plan) -> float:
+    """Minutes without progress after which a rank counts as hung.
+
+    A slow file system or a neighbour's traffic may make a step several times slower, and the first step compiles
+    kernels: ten slow steps, and never less than ten minutes.
+    """
+    asked = recipe.survival.hang_minutes
+    return asked if isinstance(asked, int | float) else max(10.0, round(10 * plan.chosen.step_s.high / 60, 1))
 
 
 def pin(recipe: Recipe, candidate: Candidate) -> Recipe:

@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.optim": (AUTO, "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
     "deepspeed.offload_optimizer": (AUTO, "none", "cpu", "nvme"),
     "deepspeed.offload_param": (AUTO, "none", "cpu", "nvme"),
+    "survival.on_out_of_memory": ("smaller_micro_batch", "stop"),
     "wandb.mode": (AUTO, "online", "offline", "disabled"),
 }
 
@@ -73,6 +74,11 @@ RANGES: dict[str, tuple[Test, str]] = {
     "checkpoint.save_minutes": _POSITIVE,
     "checkpoint.save_steps": _COUNT,
     "checkpoint.save_total_limit": _COUNT,
+    "survival.hang_minutes": _POSITIVE,
+    "survival.attempts_without_progress": _COUNT,
+    "survival.node_strikes": _COUNT,
+    "survival.strike_hours": _POSITIVE,
+    "survival.min_nodes": _COUNT,
     "slurm.nodes": _COUNT,
     "slurm.gpus_per_node": _COUNT,
     "slurm.cpus_per_task": _COUNT,

@@ -167,6 +167,26 @@ class CheckpointSection:
     save_minutes: float | None = 30.0
     save_steps: int | None = None
     save_total_limit: int = 2
+    background: bool | Auto = AUTO
+    """Copy the state to host memory and write it while training goes on; auto = where the node's memory allows it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SurvivalSection:
+    """What happens after an interruption; the restart budget is slurm.max_restarts."""
+
+    hang_minutes: float | Auto = AUTO
+    """A rank without progress for so long counts as hung; auto = ten slow steps, at least ten minutes."""
+    attempts_without_progress: int = 3
+    """So many attempts in a row without a new checkpoint end the run."""
+    node_strikes: int = 2
+    """A node on which so many attempts failed is excluded."""
+    strike_hours: float = 24.0
+    """Strikes older than this are forgotten."""
+    on_out_of_memory: str = "smaller_micro_batch"
+    """smaller_micro_batch (same global batch, more accumulation) | stop."""
+    min_nodes: int | None = None
+    """Fewest nodes the run may go on with, where fewer than slurm.nodes are free; None = slurm.nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +252,7 @@ class Recipe:
     train: TrainSection = TrainSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    survival: SurvivalSection = SurvivalSection()
     slurm: SlurmSection = SlurmSection()
     wandb: WandbSection = WandbSection()
     budget: BudgetSection = BudgetSection()

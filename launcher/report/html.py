@@ -71,8 +71,12 @@ class Row:
     peak: str
     bar: Bar
     time: str
+    start: str
+    """How long Slurm would let it wait; empty where it was not asked."""
     price: str
     because: str
+    would_fit: str
+    """The smallest change of the recipe that would make a rejected one fit; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +151,7 @@ def render_plan(plan: Plan, *, recipe_argument: str | None = None, explained: Se
         memory=_memory_sentences(plan.chosen),
         rows=[_row(number, each, plan.chosen, price) for number, each in enumerate(estimates, start=1)],
         charts=[_chart(name, estimates, plan.chosen, price) for name in _SIZES],
+        starts_known=any(each.start_s is not None for each in estimates),
         cost_title=price.title,
         value=_value,
         next_step=_next(plan, recipe_argument).removeprefix("Next: "),
@@ -162,6 +167,7 @@ def _facts(plan: Plan, price: _Price) -> list[tuple[str, str]]:
     chosen, candidate = plan.chosen, plan.chosen.candidate
     share = chosen.trainable_params / plan.params
     trained = f"{_count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
+    start = [("Start", _start(chosen.start_s, chosen.result_s))] if chosen.start_s is not None else []
     return [
         ("Model", f"{plan.model}, {_count(plan.params)} parameters, {trained}"),
         ("Method", f"{_method(candidate)}, {_sharding(candidate)}"),
@@ -174,8 +180,13 @@ def _facts(plan: Plan, price: _Price) -> list[tuple[str, str]]:
             f"{chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
         ),
         ("Run", f"{chosen.steps:,} steps, {duration(chosen.wall_s)}, {price.said(chosen)}"),
+        *start,
         ("Job", f"time limit {plan.job.time_limit_min:,} min, {plan.job.cpus_per_task} CPUs per rank"),
     ]
+
+
+def _start(start_s: float, result_s: float) -> str:
+    return f"in {duration(start_s)} by Slurm's estimate, so the result is there in {duration(result_s)}"
 
 
 def _memory_sentences(chosen: Estimate) -> list[str]:
@@ -272,8 +283,10 @@ def _row(number: int, each: Estimate, chosen: Estimate, price: _Price) -> Row:
         peak=gib(each.memory.peak_bytes.expected),
         bar=_bar(each),
         time=duration(each.wall_s),
+        start="" if each.start_s is None else duration(each.start_s),
         price=_number(price.of(each)),
         because=each.rejected_because or "",
+        would_fit=each.would_fit or "",
     )
 
 
@@ -296,7 +309,7 @@ def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _P
             x=x.place(hour),
             y=y.place(cost),
             label=f"{number}: {each.candidate.method} on {_where(each.candidate)}, {_how(each)}: "
-            f"{duration(each.wall_s)}, {price.said(each)}" + ("" if each.fits else "; does not fit"),
+            f"{duration(each.wall_s)}, {price.said(each)}{_aside(each)}",
         )
         for number, (each, hour, cost) in enumerate(zip(estimates, hours, costs, strict=True), start=1)
     ]
@@ -317,6 +330,13 @@ def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _P
         # The chosen one last: it is drawn over the others.
         points=tuple(sorted(_apart(points, width), key=lambda point: (point.kind == "chosen", -point.number))),
     )
+
+
+def _aside(each: Estimate) -> str:
+    """What a point's label adds: when it would start, or that it does not fit and what would."""
+    if not each.fits:
+        return "; does not fit" + (f", but with {each.would_fit}" if each.would_fit else "")
+    return "" if each.start_s is None else f"; starts in {duration(each.start_s)}"
 
 
 def _apart(points: Sequence[Point], width: int) -> list[Point]:

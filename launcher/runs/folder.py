@@ -158,8 +158,18 @@ class RunFolder:
 
     @property
     def errors(self) -> Path:
-        """Holds rank-N.json of ranks that failed."""
+        """Holds <attempt>/rank-N.json of ranks that failed, and what was seen of ranks that hung."""
         return self.path / "errors"
+
+    @property
+    def fences(self) -> Path:
+        """Holds one numbered file per attempt; only the attempt of the highest may write."""
+        return self.path / "fences"
+
+    @property
+    def faults(self) -> Path:
+        """Marks of injected faults that were done (tests and rehearsals only)."""
+        return self.path / "faults"
 
     @property
     def rendezvous(self) -> Path:
@@ -184,6 +194,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def error(self, attempt: str, rank: int) -> Path:
+        """What one rank of one attempt died of."""
+        return self.errors / attempt / f"rank-{rank}.json"
 
     def log(self, job_id: str, rank: int) -> Path:
         """Log file of one rank of one job."""

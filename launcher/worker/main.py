@@ -162,8 +162,9 @@ def _failed(folder: RunFolder, place: Place | None, error: Exception) -> int:
         "traceback": traceback.format_exc(),
     }
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code still tells
-        folder.errors.mkdir(mode=0o700, exist_ok=True)
-        write_json(folder.errors / f"rank-{rank}.json", facts | (place.names if place else {}))
+        path = folder.error(place.attempt if place else "unknown", rank)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(path, facts | (place.names if place else {}))
         folder.record("failed", error=f"{type(error).__name__}: {error}", rank=rank, exit_code=code)
     return code
 
