@@ -5,9 +5,8 @@ Heavy and slow imports stay inside the verbs: `launcher --help` pays for click a
 
 from __future__ import annotations
 
-import json
+import importlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,21 @@ import click
 
 from launcher import __version__
 from launcher.errors import JobFailedError, LauncherError
+from launcher.verbs.arguments import (
+    WITH_OVERRIDES,
+    complete_recipe,
+    complete_run,
+    json_flag,
+    objective_option,
+    override_arguments,
+    print_json,
+    queue_option,
+    read_overrides,
+    recipe_argument,
+    run_argument,
+    runs_option,
+    show_notices,
+)
 
 if TYPE_CHECKING:
     from launcher.planning.objective import Objective
@@ -37,8 +51,30 @@ _SBATCH_FLAGS = {
 """sbatch's own flags on `submit` and the recipe field each one sets."""
 
 
+_LATER: dict[str, tuple[str, str]] = {}
+"""Verbs of launcher/verbs, loaded when typed: name -> (module, first line of the help)."""
+
+
 class _Verbs(click.Group):
     """Turns LauncherError into its message and exit code; bugs keep their traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_LATER])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load a verb of its own module; every such module calls its click command `command`."""
+        if cmd_name not in _LATER:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"launcher.verbs.{_LATER[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
+        """The list of verbs, without loading any."""
+        texts = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        texts |= {name: text for name, (_, text) in _LATER.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(texts.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -58,98 +94,19 @@ def main() -> None:
     """Plan, launch and survive LLM fine-tuning: one recipe in, an adapter or model out."""
 
 
-# ---------------------------------------------------------------- arguments
-
-
-def _complete_recipe(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[Any]:
-    from click.shell_completion import CompletionItem
-
-    from launcher.recipe.shipped import shipped_recipes
-
-    names = [recipe.stem for recipe in shipped_recipes() if recipe.stem.startswith(incomplete)]
-    return [CompletionItem(name) for name in names] + [CompletionItem(incomplete, type="file")]
-
-
-def _complete_run(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    from launcher.runs.status import runs_folder
-
-    return sorted(path.name for path in runs_folder(None).glob(f"{incomplete}*") if path.is_dir())
-
-
-def _overrides(values: Sequence[str]) -> list[str]:
-    """Check the form of `k=v` arguments; `--a.b=v` and `--a.b v` are accepted too.
-
-    Raises:
-        click.UsageError: an argument that is neither; click names the command's own options.
-    """
-    overrides: list[str] = []
-    waiting: str | None = None
-    for value in values:
-        if waiting is not None:
-            overrides.append(f"{waiting}={value}")
-            waiting = None
-        elif value.startswith("--") and "." in value.split("=", 1)[0]:
-            key = value[2:]
-            if "=" in key:
-                overrides.append(key)
-            else:
-                waiting = key
-        elif value.startswith("-"):
-            raise click.NoSuchOption(value)
-        elif "=" in value:
-            overrides.append(value)
-        else:
-            raise click.UsageError(f"{value!r} is not an override; write section.field=value, such as train.seed=1")
-    if waiting is not None:
-        raise click.UsageError(f"--{waiting} has no value; write --{waiting}=VALUE")
-    return overrides
-
-
-_recipe_argument = click.argument("recipe", shell_complete=_complete_recipe)
-_override_arguments = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[SECTION.FIELD=VALUE]...")
-_json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-_run_argument = click.argument("run", shell_complete=_complete_run)
-_runs_option = click.option(
-    "--runs", "parent", type=click.Path(path_type=Path), help="Folder that holds the runs [$LAUNCHER_RUNS or ./runs]."
-)
-_objective_option = click.option(
-    "--objective",
-    type=click.Choice(["time", "cost", "quality"]),
-    default="time",
-    show_default=True,
-    help="Earliest result within the budget, fewest GPU-hours, or the best method the budget allows.",
-)
-_queue_option = click.option(
-    "--queue/--no-queue",
-    "ask_queue",
-    default=None,
-    help="Ask Slurm when each alternative would start (sbatch --test-only) [only where the site's Slurm is here].",
-)
-_WITH_OVERRIDES = {"ignore_unknown_options": True}
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
-
-
-def _notices(notices: Sequence[str]) -> None:
-    for notice in notices:
-        click.echo(f"note: {notice}", err=True)
-
-
 # ---------------------------------------------------------------- before a run
 
 
-@main.command(context_settings=_WITH_OVERRIDES)
-@_recipe_argument
-@_override_arguments
-@_json_flag
+@main.command(context_settings=WITH_OVERRIDES)
+@recipe_argument
+@override_arguments
+@json_flag
 @click.option("--explain", is_flag=True, help="Show every formula with this plan's numbers and its source.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the plan as one self-contained page, too.")
 @click.option("--trace", is_flag=True, help="Measure one step of the real model class on fake tensors (needs torch).")
 @click.option("--alternatives", is_flag=True, help="Show every alternative, the rejected ones too.")
-@_objective_option
-@_queue_option
+@objective_option
+@queue_option
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
@@ -168,8 +125,8 @@ def plan(
 
     refused: DoesNotFitError | None = None
     try:
-        planned = plan_recipe(find_recipe(recipe), _overrides(overrides), objective=objective, ask_queue=ask_queue)
-        _notices(planned.loaded.notices)
+        planned = plan_recipe(find_recipe(recipe), read_overrides(overrides), objective=objective, ask_queue=ask_queue)
+        show_notices(planned.loaded.notices)
         decided = planned.plan
     except DoesNotFitError as error:
         refused, decided = error, error.plan
@@ -177,7 +134,7 @@ def plan(
     if explain or trace or html:
         from launcher.report.inspection import Inspection
 
-        inspection = Inspection.of(decided, find_recipe(recipe), _overrides(overrides))
+        inspection = Inspection.of(decided, find_recipe(recipe), read_overrides(overrides))
     _show_plan(decided, recipe, inspection, as_json=as_json, explain=explain, trace=trace, alternatives=alternatives)
     if inspection is not None and html is not None:
         inspection.write_html(html, recipe)
@@ -203,7 +160,7 @@ def _show_plan(
 
     traced = inspection.traced() if inspection is not None and trace else None
     if as_json:
-        _print_json(plan_to_json(decided) | ({"trace": trace_to_json(*traced)} if traced else {}))
+        print_json(plan_to_json(decided) | ({"trace": trace_to_json(*traced)} if traced else {}))
         return
     explained = inspection.explained() if inspection is not None and explain else ()
     print_plan(decided, explained=explained, all_alternatives=alternatives, recipe_argument=recipe)
@@ -212,8 +169,8 @@ def _show_plan(
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=_complete_recipe)
-@_json_flag
+@click.argument("name", required=False, shell_complete=complete_recipe)
+@json_flag
 @click.option("--dry-run", is_flag=True, help="Say what would be copied; touch nothing.")
 def recipes(name: str | None, as_json: bool, dry_run: bool) -> None:
     """List the shipped recipes with their predicted cost, or copy one here."""
@@ -222,7 +179,7 @@ def recipes(name: str | None, as_json: bool, dry_run: bool) -> None:
     if name is None:
         listed = list_recipes()
         if as_json:
-            _print_json(listed)
+            print_json(listed)
             return
         from launcher.report.text import print_recipes
 
@@ -247,16 +204,16 @@ def _sbatch_options(command: Any) -> Any:
     return command
 
 
-@main.command(context_settings=_WITH_OVERRIDES)
-@_recipe_argument
-@_override_arguments
+@main.command(context_settings=WITH_OVERRIDES)
+@recipe_argument
+@override_arguments
 @click.option("--local", is_flag=True, help="Run on this machine and wait for the end.")
 @click.option("--detach", is_flag=True, help="With --local: return at once.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent; touch nothing.")
 @click.option("--print-sbatch", is_flag=True, help="Write the run folder and print a script for plain sbatch.")
-@_json_flag
-@_objective_option
-@_queue_option
+@json_flag
+@objective_option
+@queue_option
 @_sbatch_options
 def submit(
     recipe: str,
@@ -277,16 +234,16 @@ def submit(
 
     chosen = [f"{_SBATCH_FLAGS[flag]}={value}" for flag, value in sbatch_flags.items() if value is not None]
     chosen += ["slurm.site=local"] if local else []
-    asked = [*_overrides(overrides), *chosen]
+    asked = [*read_overrides(overrides), *chosen]
     planned = plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue)
-    _notices(planned.loaded.notices)
+    show_notices(planned.loaded.notices)
     if dry_run:
         request, notices = launching.dry_run(planned)
-        _notices(notices)
-        _print_json(request)
+        show_notices(notices)
+        print_json(request)
         return
     made = launching.create(planned)
-    _notices(made.notices)
+    show_notices(made.notices)
     run = made.run
     if print_sbatch:
         click.echo(submission.print_sbatch(made.request), nl=False)
@@ -294,7 +251,7 @@ def submit(
         return
     job_id = submission.submit(made.request)
     if as_json:
-        _print_json({"run": run.run_id, "path": str(run.path), "job_id": job_id})
+        print_json({"run": run.run_id, "path": str(run.path), "job_id": job_id})
     else:
         click.echo(f"submitted run {run.run_id} as job {job_id}: {run.path}")
     if planned.site.executor == "local" and not detach:
@@ -320,9 +277,9 @@ def _watch(run: RunFolder) -> None:
 
 
 @main.command()
-@click.argument("run", required=False, shell_complete=_complete_run)
-@_json_flag
-@_runs_option
+@click.argument("run", required=False, shell_complete=complete_run)
+@json_flag
+@runs_option
 def status(run: str | None, as_json: bool, parent: Path | None) -> None:
     """Show the state of one run, or of all: the run folder first, Slurm second."""
     from launcher.runs import status as runs
@@ -330,7 +287,7 @@ def status(run: str | None, as_json: bool, parent: Path | None) -> None:
     states = [runs.run_status(runs.find_run(run, parent))] if run else runs.list_runs(parent)
     if as_json:
         documents = [state.to_json() for state in states]
-        _print_json(documents[0] if run else documents)
+        print_json(documents[0] if run else documents)
         return
     from launcher.report.status import print_status
 
@@ -338,10 +295,10 @@ def status(run: str | None, as_json: bool, parent: Path | None) -> None:
 
 
 @main.command()
-@_run_argument
+@run_argument
 @click.option("-f", "--follow", is_flag=True, help="Keep printing until the run ends.")
 @click.option("--rank", default=0, show_default=True, help="Whose log.")
-@_runs_option
+@runs_option
 def logs(run: str, follow: bool, rank: int, parent: Path | None) -> None:
     """Print the log of one rank, all attempts in order."""
     from launcher.runs import status as runs
@@ -351,9 +308,9 @@ def logs(run: str, follow: bool, rank: int, parent: Path | None) -> None:
 
 
 @main.command()
-@_run_argument
+@run_argument
 @click.option("--dry-run", is_flag=True, help="Say what would be cancelled; touch nothing.")
-@_runs_option
+@runs_option
 def cancel(run: str, dry_run: bool, parent: Path | None) -> None:
     """End a run, pending or running; checkpoints stay."""
     from launcher.runs import status as runs
@@ -367,10 +324,10 @@ def cancel(run: str, dry_run: bool, parent: Path | None) -> None:
 
 
 @main.command()
-@_run_argument
+@run_argument
 @click.option("--timeout", "timeout_s", type=float, help="Give up after this many seconds (exit 75).")
-@_json_flag
-@_runs_option
+@json_flag
+@runs_option
 def wait(run: str, timeout_s: float | None, as_json: bool, parent: Path | None) -> None:
     """Wait for the end of a run; exit 8 when it did not succeed."""
     from launcher.runs import status as runs
@@ -380,21 +337,21 @@ def wait(run: str, timeout_s: float | None, as_json: bool, parent: Path | None) 
         state = runs.wait(folder, timeout_s=timeout_s)
     except JobFailedError:
         if as_json:
-            _print_json(runs.run_status(folder).to_json())
+            print_json(runs.run_status(folder).to_json())
         raise
     if as_json:
-        _print_json(state.to_json())
+        print_json(state.to_json())
     else:
         click.echo(state.sentence)
 
 
 @main.command()
-@click.argument("targets", nargs=-1, metavar="FILE.jsonl|RUN...", shell_complete=_complete_run)
+@click.argument("targets", nargs=-1, metavar="FILE.jsonl|RUN...", shell_complete=complete_run)
 @click.option("--calibrate", metavar="SITE", help="Fit this site's coefficients to its finished runs and keep them.")
 @click.option("--markdown", is_flag=True, help="Print the error tables as Markdown.")
 @click.option("--dry-run", is_flag=True, help="With --calibrate: say what would be kept; touch nothing.")
-@_json_flag
-@_runs_option
+@json_flag
+@runs_option
 def score(
     targets: tuple[str, ...], calibrate: str | None, markdown: bool, dry_run: bool, as_json: bool, parent: Path | None
 ) -> None:
@@ -411,7 +368,7 @@ def score(
         raise click.UsageError("name a file of published rows (.jsonl) or runs; --calibrate SITE takes all of a site's")
     scored = summary(score_all(targets, parent))
     if as_json:
-        _print_json(scored)
+        print_json(scored)
     else:
         print_score(scored, markdown=markdown, files=targets)
 

@@ -1,0 +1,1 @@
+"""The verbs that are loaded when they are typed; each module holds one click command."""
