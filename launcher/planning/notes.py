@@ -9,7 +9,7 @@ from launcher.planning.advice import SMALL_DATA_ROWS
 from launcher.planning.candidates import largest_micro_batch
 from launcher.planning.estimate import GIB, Task, estimate
 from launcher.planning.multinode import HPZ_SOURCE, zero3_vs_alternatives
-from launcher.planning.objective import THRIFT, device_hours
+from launcher.planning.objective import THRIFT, device_hours, excess_bytes
 from launcher.planning.plan import Advice, Candidate, Estimate
 from launcher.planning.remedies import tokens_that_fit
 from launcher.planning.states import weight_bytes
@@ -154,8 +154,9 @@ def tokens(task: Task, chosen: Estimate) -> Iterator[Advice]:
     if candidate.device != "cuda":
         return
     most, now = tokens_that_fit(task, candidate), candidate.micro_batch * candidate.seq_len
-    if most:
-        reason = f"fits up to {most:,} tokens per micro-batch on the {candidate.gpu}; this plan has {now:,}"
+    if most or excess_bytes(chosen):
+        upto = f"fits up to {most:,} tokens per micro-batch on" if most else "no number of tokens per micro-batch fits"
+        reason = f"{upto} the {candidate.gpu}; this plan has {now:,}"
         yield Advice(rule="R10", field="tokens_per_micro_batch", value=most, reason=reason, source=_MEMORY)
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from launcher.errors import LauncherError
 from launcher.planning import memory
-from launcher.planning.estimate import GIB, Task
+from launcher.planning.estimate import Task
 from launcher.planning.explore import every
 from launcher.planning.objective import fewest
 from launcher.planning.plan import Candidate, Estimate
 from launcher.planning.resolve import pin
-from launcher.planning.retreat import RETREAT, SAME_METHOD, Step
+from launcher.planning.retreat import METHOD_STEP, RETREAT, ROW_STEP, SAME_METHOD, Step
 from launcher.recipe.schema import AUTO, Recipe
 
 _SHOWN = 3
@@ -20,15 +20,15 @@ _LONGEST_ROW = 1 << 20
 _ROW_GRAIN = 128
 
 
-def nearest_that_fits(task: Task, chosen: Estimate) -> list[str]:
-    """What to change in the recipe, least first, each with the peak it leads to; at most three, or none."""
-    found: list[str] = []
+def nearest_that_fits(task: Task, chosen: Estimate) -> list[tuple[str, Estimate]]:
+    """What to change in the recipe, least first, each with what it leads to; at most three, or none."""
+    found: list[tuple[str, Estimate]] = []
     ways = set[tuple[str, int]]()
     for said, relaxed in _that_fit(task, task.recipe, chosen.candidate):
         way = (relaxed.candidate.method, relaxed.candidate.seq_len)
         if way not in ways:
             ways.add(way)
-            found.append(f"{said} ({relaxed.memory.peak_bytes.expected / GIB:.1f} GiB per GPU)")
+            found.append((said, relaxed))
         if len(found) == _SHOWN:
             break
     return found
@@ -43,18 +43,39 @@ def smallest_change(task: Task, rejected: Estimate) -> str | None:
 def _that_fit(task: Task, recipe: Recipe, now: Candidate) -> Iterator[tuple[str, Estimate]]:
     """Changes in the order of retreat that lead to something that fits.
 
-    One step alone, all steps that keep the method, one that changes method, rank or rows, and that on any GPUs.
+    One step alone, all steps that keep the method, one that changes method, rank or rows, and that on any GPUs; where
+    none of these does, another method with shorter rows.
     """
+    together = _together(recipe, now, RETREAT[:SAME_METHOD])
+    fits = 0
+    for changed in _fewest_steps(recipe, now, together):
+        for found in _if_it_fits(task, recipe, now, changed):
+            fits += 1
+            yield found
+    if not fits:
+        yield from _shorter_too(task, recipe, now, together[-1])
+
+
+def _fewest_steps(recipe: Recipe, now: Candidate, together: Sequence[Recipe]) -> Iterator[Recipe]:
+    """Recipes one step away, then several, each once."""
     keeping, changing = RETREAT[:SAME_METHOD], RETREAT[SAME_METHOD:]
-    together = _together(recipe, now, keeping)
     seen: list[Recipe] = [recipe]
     for group in (_each(recipe, now, keeping), together, _each(recipe, now, changing)):
         for changed in group:
             if changed not in seen:
                 seen.append(changed)
-                yield from _if_it_fits(task, recipe, now, changed)
-    for changed in _each(together[-1], now, changing):
-        yield from _if_it_fits(task, recipe, now, changed)
+                yield changed
+    yield from _each(together[-1], now, changing)
+
+
+def _shorter_too(task: Task, recipe: Recipe, now: Candidate, widest: Recipe) -> Iterator[tuple[str, Estimate]]:
+    """The methods that need less, each with the longest rows that fit."""
+    for cheaper in _each(widest, now, (METHOD_STEP,)):
+        for changed in _each(cheaper, now, (ROW_STEP,)):
+            fitting = list(_if_it_fits(task, recipe, now, changed))
+            if fitting:
+                yield from fitting
+                break
 
 
 def _if_it_fits(task: Task, recipe: Recipe, now: Candidate, changed: Recipe) -> Iterator[tuple[str, Estimate]]:

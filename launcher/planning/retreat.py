@@ -72,6 +72,8 @@ def _prompt(recipe: Recipe, now: Candidate) -> Iterator[Recipe]:
         yield freed(recipe, "prompt")
 
 
+METHOD_STEP = Step(name="adapter, then 4-bit base", relax=_cheaper_methods)
+ROW_STEP = Step(name="shorter rows", relax=_rows)
 RETREAT = (
     Step(name="gradient checkpointing", relax=_checkpointing),
     Step(name="smaller micro-batch with accumulation", relax=_micro_batch),
@@ -79,9 +81,9 @@ RETREAT = (
     Step(name="optimizer offload", relax=_offload_optimizer),
     Step(name="parameter offload", relax=_offload_param),
     Step(name="more GPUs", relax=_ranks),
-    Step(name="adapter, then 4-bit base", relax=_cheaper_methods),
+    METHOD_STEP,
     Step(name="smaller rank", relax=_rank),
-    Step(name="shorter rows", relax=_rows),
+    ROW_STEP,
     Step(name="prompt-based tuning", relax=_prompt),
 )
 """R10's order, guides G1 and G4; GPUs of the same site come before giving up the method."""

@@ -280,14 +280,15 @@ def _does_not_fit(task: Task, plan: Plan) -> DoesNotFitError:
     why = chosen.rejected_because or memory_sentence(chosen.memory, candidate)
     what = f"{candidate.method} fine-tuning of {plan.model} {why}; tried {sharding} on {where}, the closest it gets"
     nearest = nearest_that_fits(task, chosen)
-    hint = f"Nearest that fits: {'; or '.join(nearest)}." if nearest else _elsewhere(chosen)
+    ways = [f"{change} ({each.memory.peak_bytes.expected / GIB:.1f} GiB per GPU)" for change, each in nearest]
+    hint = f"Nearest that fits: {'; or '.join(ways)}." if ways else _elsewhere(chosen)
     most = tokens_that_fit(task, candidate)
     if most == 0 and candidate.device == "cuda" and excess_bytes(chosen):
         hint += " As it is, no number of tokens per micro-batch fits."
     elif 0 < most < candidate.micro_batch * candidate.seq_len:
         hint += f" As it is, up to {most:,} tokens per micro-batch ({most / candidate.seq_len:.2g} of a row) fit."
     error = DoesNotFitError(f"No plan fits: {what}. {hint}")
-    error.plan = replace(plan, chosen=replace(chosen, would_fit=nearest[0] if nearest else None))
+    error.plan = replace(plan, chosen=replace(chosen, would_fit=nearest[0][0] if nearest else None))
     return error
 
 

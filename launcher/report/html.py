@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.planning.plan import Estimate, Plan
-from launcher.report.text import _batch, _count, _method, _next, _sharding, _value, _where, duration, gib
+from launcher.report.text import _batch, _count, _method, _sharding, _value, _where, duration, gib, step_time
 
 _TEMPLATES = Path(__file__).parent / "templates"
 TERMS = {
@@ -31,10 +31,32 @@ TERMS = {
 _SIZES = {"wide": (720, 380), "narrow": (360, 340)}
 """Width and height of the chart on a screen and on a phone, in CSS pixels."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 46
-_TIME_STEPS_H = (1 / 60, 2 / 60, 5 / 60, 10 / 60, 0.25, 0.5, 1, 2, 3, 4, 6, 12, 24, 48, 96, 168, 336, 672)
+_TIME_STEPS_H = (
+    *(seconds / 3600 for seconds in (1, 2, 5, 10, 15, 30)),
+    1 / 60,
+    2 / 60,
+    5 / 60,
+    10 / 60,
+    0.25,
+    0.5,
+    1,
+    2,
+    3,
+    4,
+    6,
+    12,
+    24,
+    48,
+    96,
+    168,
+    336,
+    672,
+)
 """Steps of the time axis: what clocks and calendars are divided into."""
 _LOG_FROM = 8.0
 """Axes spanning more than this factor are logarithmic."""
+_TICK_ROOM = {"x": 66, "y": 30}
+"""Least distance of two labels of an axis, in the drawing's units: the longest labels are as wide as "12.0 days"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +176,7 @@ def render_plan(plan: Plan, *, recipe_argument: str | None = None, explained: Se
         starts_known=any(each.start_s is not None for each in estimates),
         cost_title=price.title,
         value=_value,
-        next_step=_next(plan, recipe_argument).removeprefix("Next: "),
+        next_command=f"launcher {'submit' if plan.chosen.fits else 'plan'} {recipe_argument or 'RECIPE'}",
         explained=explained,
     )
 
@@ -176,8 +198,7 @@ def _facts(plan: Plan, price: _Price) -> list[tuple[str, str]]:
         ("Data", f"{plan.data.rows:,} rows, {_count(plan.data.tokens)} tokens ({plan.data.basis})"),
         (
             "Step",
-            f"{chosen.step_s.expected:.3g} s ({chosen.step_s.low:.3g} to {chosen.step_s.high:.3g}), "
-            f"{chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
+            f"{step_time(chosen)}, {chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
         ),
         ("Run", f"{chosen.steps:,} steps, {duration(chosen.wall_s)}, {price.said(chosen)}"),
         *start,
@@ -227,7 +248,7 @@ def _price_of(estimates: Sequence[Estimate]) -> _Price:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 # ---------------------------------------------------------------- memory
@@ -273,11 +294,18 @@ def _kind(each: Estimate, chosen: Estimate) -> str:
     return "chosen" if each is chosen else "fits"
 
 
+def _role(each: Estimate, chosen: Estimate) -> str:
+    """What the first row is: the choice, or the nearest miss of a refusal."""
+    if each is not chosen:
+        return ""
+    return " (chosen)" if each.fits else " (closest)"
+
+
 def _row(number: int, each: Estimate, chosen: Estimate, price: _Price) -> Row:
     return Row(
         number=number,
         kind=_kind(each, chosen),
-        method=each.candidate.method,
+        method=each.candidate.method + _role(each, chosen),
         where=_where(each.candidate),
         how=_how(each),
         peak=gib(each.memory.peak_bytes.expected),
@@ -323,9 +351,12 @@ def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _P
         bottom=_BOTTOM,
         x_ticks=tuple(
             Tick(at=x.place(value), label=duration(value * 3600))
-            for value in x.ticks(_time_step, 6 if name == "wide" else 4)
+            for value in x.ticks(_time_step, _round_times(x.low, x.high), _TICK_ROOM["x"])
         ),
-        y_ticks=tuple(Tick(at=y.place(value), label=_number(value)) for value in y.ticks(_nice, 5)),
+        y_ticks=tuple(
+            Tick(at=y.place(value), label=f"{value:,g}")
+            for value in y.ticks(_nice, _round_numbers(y.low, y.high), _TICK_ROOM["y"])
+        ),
         y_title=price.title,
         # The chosen one last: it is drawn over the others.
         points=tuple(sorted(_apart(points, width), key=lambda point: (point.kind == "chosen", -point.number))),
@@ -374,19 +405,31 @@ class _Axis:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         return round(self.start + share * (self.end - self.start), 2)
 
-    def ticks(self, nice: Callable[[float], float], about: int) -> list[float]:
-        """About so many values, `nice` apart; on a logarithmic axis round ones."""
+    def ticks(self, nice: Callable[[float], float], round_values: Sequence[float], room: float) -> list[float]:
+        """Values `nice` apart, or on a logarithmic axis those of `round_values`; labels are `room` apart at least."""
         if not self.log:
-            step = nice(self.high / about)
+            step = nice(self.high * room / abs(self.end - self.start))
             return [step * index for index in range(1, int(self.high / step) + 1)]
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        steps = (1, 2, 5) if self.high / self.low < 200 else (1,)
-        return [
-            factor * 10.0**power
-            for power in decades
-            for factor in steps
-            if self.low <= factor * 10.0**power <= self.high
-        ]
+        found: list[float] = []
+        for value in round_values:
+            if not found or abs(self.place(value) - self.place(found[-1])) >= room:
+                found.append(value)
+        return found
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in a range; the powers alone where it spans many."""
+    if low <= 0:
+        return []
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high / low < 200 else (1,)
+    return [factor * 10.0**power for power in decades for factor in factors if low <= factor * 10.0**power <= high]
+
+
+def _round_times(low_h: float, high_h: float) -> list[float]:
+    """What clocks and calendars are divided into, in hours; round numbers where that gives none to compare."""
+    found = [step for step in _TIME_STEPS_H if low_h <= step <= high_h]
+    return found if len(found) > 1 else _round_numbers(low_h, high_h)
 
 
 def _nice(step: float) -> float:

@@ -81,8 +81,7 @@ def _headline(plan: Plan) -> list[Text]:
         ),
         Text.assemble(
             ("time    ", "bold"),
-            f"{chosen.steps:,} steps of {chosen.step_s.expected:.3g} s ({chosen.step_s.low:.3g} to "
-            f"{chosen.step_s.high:.3g}) = {duration(chosen.wall_s)}{hours}, "
+            f"{chosen.steps:,} steps of {step_time(chosen)} = {duration(chosen.wall_s)}{hours}, "
             f"{chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
         ),
     ]
@@ -285,6 +284,15 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def step_time(each: Estimate) -> str:
+    """Such as 5.24 s (4.3 to 6.81), or 3,280 s (2,690 to 4,270)."""
+    low, expected, high = (
+        f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+        for value in (each.step_s.low, each.step_s.expected, each.step_s.high)
+    )
+    return f"{expected} s ({low} to {high})"
 
 
 def gib(size_bytes: float) -> str:

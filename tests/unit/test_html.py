@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,8 +14,8 @@ from launcher.facts.model import model_shape
 from launcher.planning.plan import Plan, Warning_
 from launcher.recipe.schema import BudgetSection
 from launcher.report.explain import explain
-from launcher.report.html import render_plan, write_plan
-from launcher.report.text import gib
+from launcher.report.html import _chart, _price_of, render_plan, write_plan
+from launcher.report.text import duration, gib
 from tests.unit.planning.examples import A100, CPU, LLAMA_70B, SIX, a_recipe, on, plan_of
 
 _VOID = {"meta", "br", "img", "input", "hr", "link"}
@@ -110,6 +111,48 @@ def test_a_plan_that_does_not_fit_says_so_and_offers_no_submit() -> None:
     assert "This does not fit" in page.text
     assert (refused.chosen.rejected_because or "?") in page.text
     assert "launcher submit" not in page.text
+
+
+def test_a_rejected_way_says_what_would_make_it_fit(plan: Plan, page: Page) -> None:
+    """The smallest change, in the table and where its point is hovered over; a refusal has its own at the top."""
+    rejected = [each for each in plan_of(SIX["8b-full-1x8"]).alternatives if not each.fits]
+    assert rejected and rejected[0].would_fit
+    shown = Page(render_plan(replace(plan, alternatives=tuple(rejected))))
+    for each in rejected:
+        assert f"fits with {each.would_fit}" in shown.text
+        assert f"does not fit, but with {each.would_fit}" in shown.text
+    refused = plan_of(a_recipe(LLAMA_70B, "full", slurm=on(1, 8)))
+    assert f"It fits with {refused.chosen.would_fit}." in Page(render_plan(refused)).text
+    assert "GiB per GPU" not in (refused.chosen.would_fit or "")
+
+
+def test_starts_are_shown_where_slurm_told_them(plan: Plan, page: Page) -> None:
+    """A column of its own and the chosen one's result among the facts; neither where nobody was asked."""
+    assert "Starts in" not in page.text
+    told = replace(
+        plan,
+        chosen=replace(plan.chosen, start_s=5400.0),
+        alternatives=tuple(replace(each, start_s=60.0 * n) for n, each in enumerate(plan.alternatives[:-1], 31))
+        + plan.alternatives[-1:],
+    )
+    shown = Page(render_plan(told))
+    assert len(shown.all("th", scope="col")) == len(page.all("th", scope="col")) + 1
+    assert f"in 90 min by Slurm's estimate, so the result is there in {duration(told.chosen.result_s)}" in shown.text
+    assert "31 min" in shown.text
+    assert len(shown.all("td", **{"data-label": "starts in"})) == 1 + len(plan.alternatives)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 12.0, 300.0, 50_000.0])
+@pytest.mark.parametrize("seconds", [30.0, 4000.0, 400_000.0])
+def test_labels_of_an_axis_do_not_touch(plan: Plan, spread: float, seconds: float) -> None:
+    """Whatever span of times and costs a plan has, in the narrow drawing too, and an axis has at least one label."""
+    ends = [replace(plan.chosen, wall_s=wall_s, gpu_hours=wall_s / 3600) for wall_s in (seconds, seconds * spread)]
+    for chart in (_chart(name, ends, ends[0], _price_of(ends)) for name in ("wide", "narrow")):
+        assert chart.x_ticks and chart.y_ticks
+        for left, right in itertools.pairwise(chart.x_ticks):
+            assert right.at - left.at >= 7.4 * (len(left.label) + len(right.label)) / 2
+        for lower, upper in itertools.pairwise(chart.y_ticks):
+            assert lower.at - upper.at >= 20
 
 
 def test_every_way_is_a_row_and_a_point_inside_the_drawing(plan: Plan, page: Page) -> None:

@@ -315,19 +315,42 @@ def test_the_smallest_change_comes_first(fields, said):
     assert error.plan.chosen.would_fit.startswith(said)
 
 
+CARD = replace(RTX4090, name="card", gpu="V100-16GB")
+
+
+def of_length(tokens, model="meta-llama/Llama-2-7b-hf", method="lora", **fields):
+    """A recipe whose rows have so many tokens."""
+    return a_recipe(model, method, data=DataSection(train=(DataSource(path="o/r"),), max_seq_length=tokens), **fields)
+
+
 @pytest.mark.parametrize(("length", "fits"), [(512, True), (16_384, False)])
 def test_7b_lora_on_16_gb_says_on_how_many_tokens_it_depends(length, fits):
-    """The same card takes short rows and not long ones; the plan says where the border is, and it is the border."""
-    card = replace(RTX4090, name="card", gpu="V100-16GB")
-    data = DataSection(train=(DataSource(path="o/r"),), max_seq_length=length)
-    recipe = a_recipe("meta-llama/Llama-2-7b-hf", "lora", data=data)
-    plan = plan_of(recipe, card)
-    border = next((advice for advice in plan.advice if advice.field == "tokens_per_micro_batch"), None)
-    assert plan.chosen.fits == fits
-    if fits:
-        assert f"fits up to {border.value:,} tokens per micro-batch" in border.reason
-    else:
-        assert "tokens per micro-batch" in str(refused(recipe, card))
+    """The same card takes short rows and not long ones; the plan says where the border is, fitting or refused."""
+    recipe = of_length(length)
+    plan = plan_of(recipe, CARD)
+    border = next(advice for advice in plan.advice if advice.field == "tokens_per_micro_batch")
+    assert plan.chosen.fits == fits == (border.value >= length)
+    assert f"fits up to {border.value:,} tokens per micro-batch" in border.reason
+    if not fits:
+        assert f"up to {border.value:,} tokens per micro-batch" in str(refused(recipe, CARD))
+
+
+def test_the_border_in_tokens_is_the_border():
+    """The row that is named fits, one of 128 tokens more does not."""
+    written = TrainSection(global_batch_size=16, per_device_train_batch_size=1, gradient_checkpointing=True)
+    plan = plan_of(of_length(512, train=written), CARD)
+    (border,) = (advice.value for advice in plan.advice if advice.field == "tokens_per_micro_batch")
+    assert plan_of(of_length(border, train=written), CARD).chosen.fits
+    assert not plan_of(of_length(border + 128, train=written), CARD).chosen.fits
+
+
+def test_rows_too_long_for_every_method_are_shortened_with_a_cheaper_one():
+    """LoRA's base alone fills the card and QLoRA's rows are too long: both changes together are the way out."""
+    error = refused(of_length(65_536, MISTRAL), CARD)
+    assert error.plan.chosen.would_fit.startswith("method: qlora, data.max_seq_length: ")
+    length = int(error.plan.chosen.would_fit.rsplit(" ", 1)[1])
+    assert plan_of(of_length(length, MISTRAL, "qlora"), CARD).chosen.fits
+    assert not plan_of(of_length(2 * length, MISTRAL, "qlora"), CARD).chosen.fits
 
 
 def test_resolve_leaves_no_decision_open():
