@@ -14,6 +14,7 @@ from torch import nn
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, write_json
+from launcher.worker import faults
 from launcher.worker.artifact import verify_artifact, write_artifact
 from launcher.worker.engine import Engine
 from launcher.worker.loop import Loop, Memory
@@ -54,6 +55,7 @@ class Finish:
 
         def write() -> dict[str, Any]:
             path = write_artifact(state or {}, engine.module, self.tokenizer, self.recipe, self.folder)
+            faults.at("export", rank=self.place.rank, step=loop.memory.step)
             return verify_artifact(
                 path,
                 self.recipe,

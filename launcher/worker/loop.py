@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from launcher.worker import faults
 from launcher.worker.loss import IGNORED, sum_over_ranks, trained_tokens
 from launcher.worker.progress import Progress, step_line
 from launcher.worker.stopping import StopFlag
@@ -164,6 +165,7 @@ class Loop:
         """One optimizer step; whether to stop and whether to save after it, the same on every rank."""
         step = self.memory.step + 1
         started = time.monotonic()
+        faults.at("step", rank=self.layout.rank, step=step, model=getattr(self.engine, "module", None))
         indices = self.order.indices(step - 1)
         batches = [self._batch(self.train, part) for part in self.layout.share(indices)]
         expected = int(self.train.trained_tokens[indices].sum())
@@ -178,6 +180,7 @@ class Loop:
         if counted != expected:
             raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")
         self._note(step, result, rate, indices, tokens, time.monotonic() - started)
+        faults.at("after_step", rank=self.layout.rank, step=step)
         return stop > 0, save > 0
 
     def _note(self, step: int, result: Any, rate: float, indices: np.ndarray, tokens: int, seconds: float) -> None:

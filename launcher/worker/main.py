@@ -23,7 +23,7 @@ from launcher.planning.plan import Candidate, plan_from_json
 from launcher.recipe.load import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, write_json
-from launcher.worker import rendezvous
+from launcher.worker import faults, rendezvous
 from launcher.worker.place import Place, place_from_environment
 from launcher.worker.progress import Progress
 from launcher.worker.stopping import StopFlag
@@ -74,6 +74,8 @@ def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[...
     progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt)
     if place.rank == 0:
         folder.record("started", **place.names, world_size=place.world_size, hosts=[place.host])
+    faults.arm(folder, rank=place.rank, attempt=place.attempt)
+    faults.at("start", rank=place.rank)
     progress.state("tokenizing")
     tokenizer, tokens = _tokens(folder, place, recipe, candidate)
     for notice in tokens.stats.get("notices", []):
@@ -117,7 +119,7 @@ def _read(folder: RunFolder, place: Place) -> tuple[Recipe, Candidate]:
 def _tokens(folder: RunFolder, place: Place, recipe: Recipe, candidate: Candidate) -> tuple[Any, TokenCache]:
     """Tokenizer and token cache; rank 0 makes the cache, the others wait for it without a process group."""
     from launcher.worker.data import build_token_cache, open_token_cache
-    from launcher.worker.model import load_tokenizer
+    from launcher.worker.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe)
     cache = Path(os.environ.get("LAUNCHER_CACHE") or folder.path.parent / ".cache") / "tokens"
