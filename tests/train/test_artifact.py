@@ -23,7 +23,8 @@ from launcher.recipe.schema import METHODS, PROMPT_METHODS, Recipe
 from launcher.runs.folder import RunFolder
 from launcher.worker import artifact
 from launcher.worker.artifact import verify_artifact, write_artifact
-from launcher.worker.model import adalora_after_step, adalora_regularize, build_model, load_tokenizer
+from launcher.worker.model import adalora_after_step, adalora_regularize, build_model
+from launcher.worker.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, make_candidate, make_model_dir, make_recipe
 
 IDS = torch.randint(5, VOCAB, (4, 24), generator=torch.Generator().manual_seed(1))

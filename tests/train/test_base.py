@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import ModelError, RecipeError
-from launcher.worker.model import build_model, count_parameters, load_tokenizer
+from launcher.worker.model import build_model, count_parameters
+from launcher.worker.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, make_candidate, make_recipe
 
 # --- tokenizer -------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder
 from launcher.worker.artifact import write_artifact
 from launcher.worker.base import load_base
-from launcher.worker.model import build_model, load_tokenizer
+from launcher.worker.model import build_model
+from launcher.worker.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, make_candidate, make_recipe
 
 IDS = torch.randint(5, VOCAB, (4, 24), generator=torch.Generator().manual_seed(1))

@@ -47,7 +47,8 @@ def _reference(run_dir: Path) -> list[float]:
     from launcher.recipe.load import load_recipe
     from launcher.runs.folder import RunFolder
     from launcher.worker.data import build_token_cache
-    from launcher.worker.model import build_model, load_tokenizer
+    from launcher.worker.model import build_model
+    from launcher.worker.tokenizer import load_tokenizer
     from tests.train.reference import reference_losses
 
     run = RunFolder(run_dir)
