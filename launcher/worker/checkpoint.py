@@ -70,6 +70,8 @@ class Checkpoints:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.notices: list[str] = []
         """What was found damaged and skipped, in words."""
+        self.reshaped: tuple[int, int] | None = None
+        """Ranks that wrote the checkpoint loaded last, and ranks that read it, where they are not equally many."""
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -161,12 +163,16 @@ class Checkpoints:
     def load(self, path: Path, engine: Saves) -> dict[str, Any]:
         """Restore engine and random states from a folder that `newest` returned; returns the saved `state`.
 
+        Another number of ranks may have written it; `reshaped` tells.
+
         Raises:
-            ConflictError: it was written by another method, stage or number of ranks.
+            ConflictError: it was written by another run or method, or its states cannot be read into these ranks.
         """
         self._refuse_other_shape(path)
         engine.load(path)
-        _load_random_state(path, self._rank)
+        saved_ranks = int(_manifest(path)["world_size"])
+        self.reshaped = None if saved_ranks == self._identity.world_size else (saved_ranks, self._identity.world_size)
+        load_random_state(path, self._rank, saved_ranks)
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
     def _listed(self) -> list[Path]:
@@ -191,7 +197,9 @@ class Checkpoints:
 
     def _refuse_other_shape(self, path: Path) -> None:
         manifest = _manifest(path)
-        names = {"method": "method", "zero_stage": "deepspeed.stage", "world_size": "number of ranks", "run_id": "run"}
+        names = {"method": "method", "run_id": "run"}
+        if 0 in (manifest.get("zero_stage"), self._identity.zero_stage):  # plain torch and ZeRO write other files
+            names["zero_stage"] = "deepspeed.stage"
         problems = [
             f"{path.name} was saved with {words} {manifest.get(name)!r}, now it is {getattr(self._identity, name)!r}; "
             "resume with the old value"
@@ -300,7 +308,17 @@ def _save_random_state(folder: Path, rank: int) -> Path:
     return path
 
 
-def _load_random_state(folder: Path, rank: int) -> None:
+def load_random_state(folder: Path, rank: int, saved_ranks: int) -> None:
+    """Restore this rank's generators; a rank that the saved run did not have gets states of its own.
+
+    Those are seeded with the first 8 bytes of sha256(rank 0's saved torch state, then this rank's number as 8 bytes,
+    little-endian): the same in every attempt from that checkpoint, and different for every rank.
+    """
+    if rank >= saved_ranks:
+        first = torch.load(folder / "rng-00000.pt", map_location="cpu", weights_only=True)
+        digest = hashlib.sha256(bytes(first["torch"].tolist()) + rank.to_bytes(8, "little")).digest()
+        _seed_all(int.from_bytes(digest[:8], "little") >> 1)  # torch takes 63 bits without a sign
+        return
     state = torch.load(folder / f"rng-{rank:05d}.pt", map_location="cpu", weights_only=True)
     random.setstate(state["python"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
@@ -308,3 +326,9 @@ def _load_random_state(folder: Path, rank: int) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

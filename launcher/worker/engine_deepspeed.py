@@ -18,6 +18,7 @@ from launcher.planning.plan import Candidate
 from launcher.worker.engine import Batch, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
+from launcher.worker.reshape import load_reshaped, shape_of
 
 _TAG = "zero"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -135,13 +136,17 @@ class DeepSpeedEngine:
         return [path for path in files if _owner(path.relative_to(folder)) == self._rank]
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; needs a fresh engine (DeepSpeed cannot load over a used one at stage 3).
+        """Restore what `save` wrote, here or on other ranks or at another stage; needs a fresh engine.
 
         DeepSpeed unpickles these files, so the caller has verified them against the run's own manifest.
 
         Raises:
+            ConflictError: the states cannot be read into these ranks; see reshape.py.
             JobFailedError: DeepSpeed found nothing to load; it would only have warned.
         """
+        if shape_of(folder / _TAG) != (self._engine.zero_optimization_stage(), self._world):
+            load_reshaped(self._engine, folder / _TAG, device=self._device)
+            return
         loaded, _ = self._engine.load_checkpoint(
             str(folder), tag=_TAG, load_module_strict=self._full, load_lr_scheduler_states=False
         )

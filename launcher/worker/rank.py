@@ -168,6 +168,11 @@ class Rank:
         loop.memory = Memory(**state["memory"])
         self.progress.say(f"resumed after step {loop.memory.step} from {path.name}")
         if self.place.rank == 0:
+            if checkpoints.reshaped:
+                before, now = checkpoints.reshaped
+                self.folder.record(
+                    "reshaped", **self.place.names, from_world=before, to_world=now, step=loop.memory.step
+                )
             self.folder.record("resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name)
 
     def _note_hosts(self) -> None:

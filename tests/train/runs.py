@@ -44,7 +44,7 @@ def make_run(recipe: Recipe, candidate: Candidate) -> RunFolder:
     run = RunFolder.create(Path(recipe.output_dir), recipe.name)
     resolved = _resolved(recipe, candidate)
     run.resolved.write_text(recipe_to_yaml(resolved), encoding="utf-8")
-    write_json(run.plan, plan_to_json(_plan(resolved, candidate)))
+    write_json(run.plan, plan_to_json(make_plan_of(resolved, candidate)))
     if candidate.zero_stage:
         write_json(run.ds_config, deepspeed_config(candidate))
     return run
@@ -129,7 +129,8 @@ def _resolved(recipe: Recipe, candidate: Candidate) -> Recipe:
     )
 
 
-def _plan(recipe: Recipe, candidate: Candidate) -> Plan:
+def make_plan_of(recipe: Recipe, candidate: Candidate) -> Plan:
+    """A plan that chose this candidate and estimated nothing."""
     nothing = Interval(low=0, expected=0, high=0)
     estimate = Estimate(
         candidate=candidate,
