@@ -51,7 +51,9 @@ _SBATCH_FLAGS = {
 """sbatch's own flags on `submit` and the recipe field each one sets."""
 
 
-_LATER: dict[str, tuple[str, str]] = {}
+_LATER: dict[str, tuple[str, str]] = {
+    "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
+}
 """Verbs of launcher/verbs, loaded when typed: name -> (module, first line of the help)."""
 
 

@@ -1,0 +1,78 @@
+"""prepare_job: the token cache as a CPU job of its own, for which the run's job can wait.
+
+The job runs `python -m launcher.runs.prepare_job FOLDER`; what is to be prepared stands in FOLDER/request.json, so no
+word of a recipe reaches a shell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import sys
+from pathlib import Path
+
+from launcher.errors import ClusterError, LauncherError, RecipeError
+from launcher.facts.command import run_slurm
+from launcher.facts.site import site_facts
+from launcher.facts.train_environment import train_python
+from launcher.recipe.load import load_recipe_with_notices
+from launcher.runs.folder import write_atomic, write_json
+from launcher.runs.preview import prepare_cache
+from launcher.runs.request import bad_characters
+from launcher.runs.status import runs_folder
+
+_TIME_MIN = 24 * 60
+
+
+def submit(path: Path, overrides: list[str]) -> str:
+    """Submit the job and return its id.
+
+    Raises:
+        RecipeError: the recipe, or a path that must not stand in a script.
+        ClusterError, TemporaryError: this site has no Slurm, or Slurm refuses.
+    """
+    recipe = load_recipe_with_notices(path, overrides).recipe
+    site = site_facts(recipe.slurm.site)
+    if site.executor != "slurm":
+        raise ClusterError("data prepare --job: this site has no Slurm; leave --job out")
+    folder = (runs_folder(None) / ".prepare" / secrets.token_hex(4)).resolve()
+    if bad_characters(str(folder), frozenset("'\"\\`$%")):
+        raise RecipeError(f"LAUNCHER_RUNS: {str(folder)!r} must not stand in a script; choose a plain path")
+    folder.mkdir(mode=0o700, parents=True)
+    write_json(folder / "request.json", {"recipe": str(path.resolve()), "overrides": overrides, "cwd": str(Path.cwd())})
+    script = ["#!/bin/bash", *site.setup, f"exec {shlex.quote(train_python(site))} -m launcher.runs.prepare_job "
+              f"{shlex.quote(str(folder))}"]  # fmt: skip
+    write_atomic(folder / "job.sh", "\n".join(script) + "\n")
+    options = {
+        "job-name": f"prepare-{recipe.name}",
+        "ntasks": "1",
+        "time": str(min(_TIME_MIN, site.max_time_min or _TIME_MIN)),
+        "output": str(folder / "job.out"),
+        "chdir": str(Path.cwd()),
+        "partition": recipe.slurm.partition or site.default_partition,
+        "account": recipe.slurm.account or site.account,
+        "qos": recipe.slurm.qos or site.qos,
+    }
+    named = [f"--{key}={value}" for key, value in options.items() if value]
+    answer = run_slurm(["sbatch", "--parsable", *named, str(folder / "job.sh")])
+    return answer.strip().split(";")[0]
+
+
+def main(folder: Path) -> int:
+    """What the job does; returns the exit code of the error's class."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    os.chdir(request["cwd"])
+    try:
+        made = prepare_cache(Path(request["recipe"]), request["overrides"])
+    except LauncherError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return error.exit_code
+    write_json(folder / "result.json", made)
+    print(f"token cache: {made['path']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
