@@ -37,17 +37,19 @@ def pick(found: Sequence[Estimate], objective: Objective = "time", max_hours: fl
     time and quality: the earliest result within the budget (without one: within THRIFT times the cheapest);
     cost: the fewest device-hours. Over the budget everywhere: the cheapest.
     """
-    fitting = _roomy([each for each in found if each.fits])
+    fitting = [each for each in found if each.fits]
     if not fitting:
         return min(found, key=lambda each: (excess_bytes(each), each.wall_s, *_complexity(each.candidate)))
-    cheapest = min(device_hours(each) for each in fitting)
     affordable = [each for each in fitting if within(each, max_hours)]
+    considered = _roomy(affordable or fitting)
+    cheapest = min(device_hours(each) for each in considered)
     if objective == "cost" or not affordable:
-        return _simplest([each for each in fitting if device_hours(each) <= _SAME * cheapest])
+        same = [each for each in considered if device_hours(each) <= _SAME * cheapest]
+        return _simplest([each for each in same if within(each, max_hours)] or same)
     if max_hours is None:
-        affordable = [each for each in affordable if device_hours(each) <= THRIFT * cheapest]
-    earliest = min(each.result_s for each in affordable)
-    return _simplest([each for each in affordable if each.result_s <= _SAME * earliest])
+        considered = [each for each in considered if device_hours(each) <= THRIFT * cheapest]
+    earliest = min(each.result_s for each in considered)
+    return _simplest([each for each in considered if each.result_s <= _SAME * earliest])
 
 
 def fewest(found: Sequence[Estimate]) -> Estimate:

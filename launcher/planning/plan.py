@@ -149,6 +149,7 @@ class Estimate:
     candidate: Candidate
     trainable_params: int
     fits: bool
+    """Whether it fits the memory."""
     memory: MemoryEstimate
     host_ram_bytes_per_node: int
     checkpoint_bytes: int
@@ -160,8 +161,9 @@ class Estimate:
     gpu_hours: float
     cost: Cost
     rejected_because: str | None
+    """Why it does not fit, or, of an alternative that fits, that it is over the budget."""
     would_fit: str | None = None
-    """For a rejected one: the smallest change that would make it fit, such as "slurm.nodes: 4"."""
+    """For a rejected one: the smallest change that would make it fit (memory, or the budget): "slurm.nodes: 4"."""
     save_s: float = 0.0
     """Seconds one checkpoint takes to write."""
     start_s: float | None = None

@@ -84,7 +84,7 @@ def _if_it_fits(task: Task, recipe: Recipe, now: Candidate, changed: Recipe) -> 
         relaxed = fewest(every(replace(task, recipe=changed), method))
     except LauncherError:
         return
-    said = _difference(recipe, now, relaxed.candidate)
+    said = difference(recipe, now, relaxed.candidate)
     if relaxed.fits and said:
         yield said, relaxed
 
@@ -104,7 +104,7 @@ def _together(recipe: Recipe, now: Candidate, steps: Sequence[Step]) -> list[Rec
     return found
 
 
-def _difference(recipe: Recipe, old: Candidate, new: Candidate) -> str:
+def difference(recipe: Recipe, old: Candidate, new: Candidate) -> str:
     """Which recipe keys must change to get from one candidate to the other; what is auto changes by itself."""
     said = [f"method: {new.method}"] if new.method != old.method else []
     for key, (asked, before, after) in _changes(recipe, old, new).items():

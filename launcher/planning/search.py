@@ -25,13 +25,13 @@ from launcher.planning.objective import (
     excess_bytes,
     needed_bytes,
     pick,
-    within,
 )
 from launcher.planning.plan import Advice, DataNumbers, Estimate, Plan, Warning_
 from launcher.planning.queue import NoQueue, Queue
 from launcher.planning.remedies import nearest_that_fits, smallest_change, tokens_that_fit
 from launcher.planning.resolve import resolve
 from launcher.planning.retreat import METHODS_BY_MEMORY, SMALLEST_RANK, freed
+from launcher.planning.savings import hours, nearest_within, over_budget, refusal, smallest_saving
 from launcher.recipe.schema import AUTO, Recipe
 
 __all__ = ["make_plan", "resolve"]
@@ -56,12 +56,14 @@ def make_plan(
 
     Raises:
         RecipeError, ClusterError: the recipe contradicts itself, asks for more than the site has, or for a job that
-            a preemption would rob of everything.
+            a preemption would rob of everything; or it leaves a choice open and nothing that fits is within the budget.
         DoesNotFitError: nothing the recipe allows fits; the estimate is in `.plan`, the message says what would.
     """
     check(recipe, model, site)
     task = Task(recipe=recipe, model=model, data=data, site=site, objective=objective)
     chosen, method_advice = _choose(task, queue)
+    if chosen.fits and over_budget(task, chosen) and not _as_written(task):
+        raise refusal(task, chosen)
     job = job_shape(task, chosen)
     alternatives = _alternatives(task, chosen, queue)
     numbers = _numbers(task, chosen)
@@ -99,13 +101,20 @@ def _choose(task: Task, queue: Queue) -> tuple[Estimate, list[Advice]]:
         return _cheapest(task, method, first, queue)
     advice, tried = [first], list[Estimate]()
     for name, recipe in _descent(task.recipe, method):
+        if name == "prompt" and any(each.fits for each in tried):
+            break  # Virtual tokens are weak: a last resort where memory is short, never a saving.
         best = _best(replace(task, recipe=recipe), name, queue)
         tried.append(best)
         advice += _step_down(tried)
-        if best.fits and within(best, task.recipe.budget.max_gpu_hours):
+        if best.fits and not over_budget(task, best):
             return best, advice
     fallback = _least_bad(tried)
     return fallback, [*advice[:1], *_step_down([tried[0], fallback])]
+
+
+def _as_written(task: Task) -> bool:
+    """Whether the recipe leaves one candidate only: it is estimated, whatever it costs."""
+    return task.recipe.method != AUTO and len(every(task, task.recipe.method)) == 1
 
 
 def _descent(recipe: Recipe, method: str) -> Iterator[tuple[str, Recipe]]:
@@ -121,7 +130,7 @@ def _step_down(tried: Sequence[Estimate]) -> list[Advice]:
     if len(tried) < 2 or tried[-1].candidate.method == tried[-2].candidate.method:
         return []
     before, now = tried[-2], tried[-1].candidate.method
-    over = f"takes {before.gpu_hours:,.1f} GPU-hours, over the budget"
+    over = f"takes {hours(before.gpu_hours)} GPU-hours, over the budget"
     reason = f"{before.candidate.method} {before.rejected_because or over}"
     rule = "R14" if before.fits else "R3" if now == "qlora" else "R10"
     source = "budget" if before.fits else "guides G1 G4; memory model, not fixed thresholds"
@@ -129,7 +138,7 @@ def _step_down(tried: Sequence[Estimate]) -> list[Advice]:
 
 
 def _least_bad(tried: Sequence[Estimate]) -> Estimate:
-    """Nothing fits the budget: the cheapest that fits; nothing fits: the nearest miss."""
+    """Nothing is within the budget: the cheapest that fits; nothing fits: the nearest miss."""
     fitting = [each for each in tried if each.fits]
     return min(fitting, key=device_hours) if fitting else min(tried, key=excess_bytes)
 
@@ -190,15 +199,25 @@ def _numbers(task: Task, chosen: Estimate) -> list[Advice]:
 def _alternatives(task: Task, chosen: Estimate, queue: Queue) -> tuple[Estimate, ...]:
     """Other methods at their best, other layouts and other stages of the chosen method; the chosen one left out.
 
-    Those that fit come first, by the objective; a rejected one says what would make it fit.
+    Those that fit and are within the budget come first, by the objective; a rejected one says what would change that.
     """
     found = [_best(_freed(task, method), method, queue) for method in _COMPARED if method != chosen.candidate.method]
     found += _with_starts(task, _other_layouts(task, chosen), queue)
     found += _other_stages(task, chosen)
     kept = list({each.candidate: each for each in found if each.candidate != chosen.candidate}.values())
-    told = [each if each.fits else replace(each, would_fit=smallest_change(task, each)) for each in kept]
+    told = [_judged(task, each) for each in kept]
     by_objective = device_hours if task.objective == "cost" else _result_s
-    return tuple(sorted(told, key=lambda each: (not each.fits, by_objective(each))))
+    return tuple(sorted(told, key=lambda each: (not each.fits, each.rejected_because is not None, by_objective(each))))
+
+
+def _judged(task: Task, each: Estimate) -> Estimate:
+    """An alternative with its way out, where it does not fit or is over the budget."""
+    if not each.fits:
+        return replace(each, would_fit=smallest_change(task, each))
+    because = over_budget(task, each)
+    if because is None:
+        return each
+    return replace(each, rejected_because=because, would_fit=smallest_saving(task, each))
 
 
 def _result_s(each: Estimate) -> float:
@@ -247,9 +266,12 @@ def _warnings(task: Task, chosen: Estimate) -> list[Warning_]:
     found = lint(
         Linted(recipe=task.recipe, model=task.model, data=task.data, method=candidate.method, lora=candidate.lora)
     )
-    limit = task.recipe.budget.max_gpu_hours
-    if limit is not None and chosen.gpu_hours > limit:
-        message = f"predicted {chosen.gpu_hours:,.1f} GPU-hours, the budget is {limit:,.1f}; nothing allowed is cheaper"
+    because = over_budget(task, chosen)
+    if because is not None:
+        message = f"{because}; the recipe leaves nothing open, so it is planned as written"
+        ways = nearest_within(task, chosen)
+        if ways:
+            message += f". Nearest within the budget: {'; or '.join(ways)}"
         found.append(Warning_(code="over-budget", message=message))
     return found
 

@@ -14,7 +14,18 @@ from typing import Any
 
 from launcher import __version__
 from launcher.planning.plan import Estimate, Plan
-from launcher.report.text import _batch, _count, _method, _sharding, _value, _where, duration, gib, step_time
+from launcher.report.text import (
+    _batch,
+    _count,
+    _method,
+    _sharding,
+    _value,
+    _where,
+    duration,
+    gib,
+    step_time,
+    within_with,
+)
 
 _TEMPLATES = Path(__file__).parent / "templates"
 TERMS = {
@@ -97,8 +108,8 @@ class Row:
     """How long Slurm would let it wait; empty where it was not asked."""
     price: str
     because: str
-    would_fit: str
-    """The smallest change of the recipe that would make a rejected one fit; empty where there is none."""
+    way_out: str
+    """The smallest change of the recipe that would end the rejection, as a clause; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,7 +300,7 @@ def _bar(each: Estimate) -> Bar:
 
 
 def _kind(each: Estimate, chosen: Estimate) -> str:
-    if not each.fits:
+    if each.rejected_because is not None:
         return "rejected"
     return "chosen" if each is chosen else "fits"
 
@@ -313,8 +324,8 @@ def _row(number: int, each: Estimate, chosen: Estimate, price: _Price) -> Row:
         time=duration(each.wall_s),
         start="" if each.start_s is None else duration(each.start_s),
         price=_number(price.of(each)),
-        because=each.rejected_because or "",
-        would_fit=each.would_fit or "",
+        because=_because(each),
+        way_out=f"{within_with(each)} {each.would_fit}" if each.would_fit else "",
     )
 
 
@@ -363,10 +374,17 @@ def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _P
     )
 
 
+def _because(each: Estimate) -> str:
+    if each.rejected_because is None:
+        return ""
+    return each.rejected_because if each.fits else f"does not fit: {each.rejected_because}"
+
+
 def _aside(each: Estimate) -> str:
     """What a point's label adds: when it would start, or that it does not fit and what would."""
-    if not each.fits:
-        return "; does not fit" + (f", but with {each.would_fit}" if each.would_fit else "")
+    if each.rejected_because is not None:
+        what = "over the budget" if each.fits else "does not fit"
+        return f"; {what}" + (f", but with {each.would_fit}" if each.would_fit else "")
     return "" if each.start_s is None else f"; starts in {duration(each.start_s)}"
 
 

@@ -174,7 +174,7 @@ def _explanation(lines: Sequence[Line]) -> Table:
 
 
 def _print_alternatives(out: Console, plan: Plan, everything: bool) -> None:
-    fitting = [each for each in plan.alternatives if each.fits]
+    fitting = [each for each in plan.alternatives if each.rejected_because is None]
     shown: Sequence[Estimate] = plan.alternatives if everything else fitting[:_SHOWN_ALTERNATIVES]
     hidden = len(plan.alternatives) - len(shown)
     if not plan.alternatives:
@@ -184,7 +184,7 @@ def _print_alternatives(out: Console, plan: Plan, everything: bool) -> None:
     if shown:
         out.print(_alternatives_table(shown))
     if hidden:
-        out.print(f"  {hidden} more, with reasons where they do not fit: --alternatives")
+        out.print(f"  {hidden} more, with reasons where they are rejected: --alternatives")
 
 
 def _alternatives_table(found: Sequence[Estimate]) -> Table:
@@ -218,9 +218,14 @@ def _wait(each: Estimate) -> str:
 
 
 def _reason(each: Estimate) -> str:
-    """Why it is rejected, and the smallest change that would make it fit."""
-    change = f"; fits with {each.would_fit}" if each.would_fit else ""
+    """Why it is rejected, and the smallest change that would make it fit, or bring it within the budget."""
+    change = f"; {within_with(each)} {each.would_fit}" if each.would_fit else ""
     return f"{each.rejected_because or ''}{change}"
+
+
+def within_with(each: Estimate) -> str:
+    """What the smallest change of a rejected alternative does."""
+    return "within it with" if each.fits else "fits with"
 
 
 def _print_reasons(out: Console, plan: Plan) -> None:
