@@ -1,0 +1,99 @@
+"""Fixtures of the fault matrix: beds, one uninterrupted run per recipe, and the row that every test leaves behind."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.runs.folder import RunFolder
+from tests.cluster.bed import JOB_USER, cluster_is_up, make_bed
+from tests.cluster.conftest import HOW
+from tests.faults.bed import FaultBed, LocalBed, make_local_bed
+from tests.faults.report import Row
+
+OUTCOME = pytest.StashKey[pytest.TestReport]()
+
+
+@pytest.fixture(scope="session")
+def local_bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBed]:
+    """A folder on this machine; what still runs at the end is killed."""
+    bed = make_local_bed(tmp_path_factory.mktemp("local"))
+    yield bed
+    bed.cancel_everything()
+
+
+@pytest.fixture(scope="session")
+def slurm_bed() -> Iterator[FaultBed]:
+    """The job user's folder on the running cluster; removed at the end, as its jobs are."""
+    if not cluster_is_up():
+        reason = f"no development cluster is running: {HOW}"
+        if os.environ.get("CI") == "true" or os.environ.get("LAUNCHER_REQUIRE_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    home = Path(tempfile.mkdtemp(prefix="launcher-faults-", dir=pwd.getpwnam(JOB_USER).pw_dir))
+    plain = make_bed(home)
+    bed = FaultBed(home=home, environ=plain.environ, ranks={"nodes": 2, "gpus_per_node": 1})
+    yield bed
+    bed.cancel_everything()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+Reference = Callable[..., RunFolder]
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[tuple[str, str], RunFolder]:
+    """Uninterrupted runs, by bed and recipe."""
+    return {}
+
+
+def reference_in(bed: FaultBed, known: dict[tuple[str, str], RunFolder]) -> Reference:
+    """A function that gives the uninterrupted run of a recipe, trained at its first call."""
+
+    def reference(name: str, **changes: Any) -> RunFolder:
+        key = (bed.where, name)
+        if key not in known:
+            run = bed.inject(name, **changes)
+            bed.finished(run)
+            known[key] = run
+        return known[key]
+
+    return reference
+
+
+@pytest.fixture(scope="session")
+def local_reference(local_bed: LocalBed, references: dict[tuple[str, str], RunFolder]) -> Reference:
+    """Uninterrupted runs of this machine."""
+    return reference_in(local_bed, references)
+
+
+@pytest.fixture(scope="session")
+def slurm_reference(slurm_bed: FaultBed, references: dict[tuple[str, str], RunFolder]) -> Reference:
+    """Uninterrupted runs of the cluster."""
+    return reference_in(slurm_bed, references)
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Iterator[Row]:
+    """The test's row in the table of results; its verdict is the test's own outcome."""
+    row = Row(test=request.node.name)
+    yield row
+    report = request.node.stash.get(OUTCOME, None)
+    row.verdict = "not run" if report is None else {"passed": "held", "failed": "BROKEN"}.get(report.outcome, "skipped")
+    row.write()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Keep the outcome where the `row` fixture finds it."""
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        item.stash.setdefault(OUTCOME, report)
+    return report
