@@ -12,6 +12,8 @@ from typing import Any
 from launcher.runs.request import JobRequest
 
 Directives = dict[str, str | int | bool]
+WAITING_PICKLE = "train_job.pkl"
+"""What every job of a run does, in submitit's folder; the same for all of them."""
 
 
 def directives(request: JobRequest) -> Directives:
@@ -92,10 +94,21 @@ def submitit_parameters(request: JobRequest) -> dict[str, Any]:
         "signal_delay_s": request.signal_lead_s,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": setup_lines(request),
+        "setup": [*setup_lines(request), _own_pickle(request)],
         "srun_args": ["--output", request.log, *srun_arguments(request)],
         "additional_parameters": directives(request),
     }
+
+
+def _own_pickle(request: JobRequest) -> str:
+    """A shell line by which a job has its pickle although its submitter died, or never learnt its number.
+
+    submitit gives the pickle its name, the job's number, only after sbatch has answered; the ranks would wait for it
+    for a minute and fail.
+    """
+    waiting = shlex.quote(f"{request.run_dir}/submission/{WAITING_PICKLE}")
+    named = f"{shlex.quote(f'{request.run_dir}/submission/')}${{SLURM_JOB_ID}}_submitted.pkl"
+    return f"[ -e {named} ] || cp {waiting} {named}"
 
 
 def submitit_script(request: JobRequest) -> str:

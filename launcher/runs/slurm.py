@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import ClusterError, TemporaryError
 from launcher.facts.command import run_command, run_slurm
+from launcher.facts.probe import user_name
 
-__all__ = ["ACTIVE", "SlurmJob", "cancel_job", "find_jobs", "run_slurm"]
+__all__ = ["ACTIVE", "SlurmJob", "cancel_job", "find_jobs", "find_named", "run_slurm"]
 
 ACTIVE = frozenset(
     {
@@ -31,6 +33,8 @@ ACTIVE = frozenset(
 """States from which a job can still go on."""
 _SQUEUE_FORMAT = "%i|%T|%N|%S|%r"
 _SACCT_FORMAT = "JobIDRaw,State,ExitCode,NodeList,Restarts"
+_NAMES_AT_ONCE = 100
+"""Job names of one question; a command line is finite."""
 _OLD_SACCT_FORMAT = "JobIDRaw,State,ExitCode,NodeList"
 """`Restarts` is a field since Slurm 23.11."""
 
@@ -78,6 +82,57 @@ def find_jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
         if job_id not in found and (job := _scontrol(job_id)) is not None:
             found[job_id] = job
     return found
+
+
+def find_named(names: Iterable[str], *, since_s: float | None = None) -> dict[str, list[SlurmJob]]:
+    """This user's jobs of these names, oldest first: all that wait or run, and those that ended lately.
+
+    `since_s` (epoch seconds): where the queue knows none of a name, accounting is asked too for jobs submitted since
+    then. The names are run ids: letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        TemporaryError: Slurm is not here or does not answer.
+    """
+    wanted = list(dict.fromkeys(names))
+    found: dict[str, list[SlurmJob]] = {}
+    for some in (wanted[at : at + _NAMES_AT_ONCE] for at in range(0, len(wanted), _NAMES_AT_ONCE)):
+        for name, job in _named_in_queue(some):
+            found.setdefault(name, []).append(job)
+        missing = [name for name in some if name not in found]
+        if since_s is not None and missing:
+            for name, job in _named_in_accounting(missing, since_s):
+                found.setdefault(name, []).append(job)
+    return {name: sorted(jobs, key=lambda job: int(job.job_id)) for name, jobs in found.items() if name in wanted}
+
+
+def _named_in_queue(names: Sequence[str]) -> Iterator[tuple[str, SlurmJob]]:
+    owner = [f"--user={user_name()}", f"--name={','.join(names)}"]
+    text = run_slurm(["squeue", "--noheader", "--states=all", *owner, f"--format=%j|{_SQUEUE_FORMAT}"])
+    for line in text.splitlines():
+        name, _, rest = line.strip().partition("|")
+        if (job := _parse_squeue(rest)) is not None:
+            yield name, job
+
+
+def _named_in_accounting(names: Sequence[str], since_s: float) -> Iterator[tuple[str, SlurmJob]]:
+    """Empty where there is no accounting or its database does not answer."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since_s))
+    who = [f"--user={user_name()}", f"--name={','.join(names)}", f"--starttime={since}"]
+    command = [
+        "sacct",
+        "--allocations",
+        "--noheader",
+        "--parsable2",
+        "--format=JobIDRaw,State,ExitCode,NodeList,JobName",
+    ]
+    try:
+        ran = run_command([*command, *who])
+    except TemporaryError:
+        return
+    for line in ran.stdout.splitlines() if ran.returncode == 0 else ():
+        fields, _, name = line.strip().rpartition("|")
+        if (job := _parse_sacct(fields)) is not None:
+            yield name, job
 
 
 def _squeue(job_ids: Sequence[str]) -> dict[str, SlurmJob]:

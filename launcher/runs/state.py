@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.runs.adoption import has_settled, open_submission
 from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.lock import holder
 from launcher.runs.process import Process, is_alive, is_here, process_from_json
 from launcher.runs.reasons import reason_words, state_words
 from launcher.runs.slurm import SlurmJob
@@ -34,6 +36,8 @@ ENDED = frozenset(
     }
 )
 """States after which nothing more happens by itself. STOPPED is ours: told to stop, it saved and left."""
+_NEW_JOB = ("submitted", "started")
+"""Events of which the last names the newest job; later lines about an older job do not make it the newest."""
 FORGOTTEN_AFTER_S = 600.0
 """A job that neither queue nor accounting knows counts as ended only this long after its last sign of life."""
 
@@ -53,7 +57,7 @@ class Evidence:
     @property
     def job_id(self) -> str | None:
         """The newest job: of the ledger (which knows jobs submitted by hand), else of job.json."""
-        named = [event["job_id"] for event in self.events if event.get("job_id")]
+        named = [event["job_id"] for event in self.events if event.get("job_id") and event.get("event") in _NEW_JOB]
         newest = named[-1] if named else self.job.get("job_id")
         return None if newest is None else str(newest)
 
@@ -61,6 +65,11 @@ class Evidence:
     def cluster(self) -> str:
         """One of slurm and local."""
         return str(self.job.get("request", {}).get("cluster", "slurm"))
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether a submission was begun of which nobody knows how it ended."""
+        return open_submission(self.events) is not None
 
     @property
     def process(self) -> Process | None:
@@ -150,8 +159,10 @@ def judge(evidence: Evidence, job: SlurmJob | None, *, unreachable: str | None =
         return State(
             word="COMPLETED", sentence=f"finished{f' after step {steps}' if steps else ''}; the result is verified"
         )
-    if evidence.job_id is None:
-        return State(word="NOT_SUBMITTED", sentence="the run folder is there; no job was submitted yet")
+    if evidence.job_id is None or evidence.unanswered:
+        undecided = _judge_unanswered(evidence, unreachable)
+        if undecided is not None:
+            return undecided
     if evidence.cluster == "local":
         return _judge_local(evidence)
     if job is None:
@@ -159,6 +170,25 @@ def judge(evidence: Evidence, job: SlurmJob | None, *, unreachable: str | None =
     if not job.active:
         return _ended(evidence, job.state, reason=job.reason, nodes=job.nodes)
     return State(word=job.state, sentence=_active_sentence(evidence, job), reason=job.reason, nodes=job.nodes)
+
+
+def _judge_unanswered(evidence: Evidence, unreachable: str | None) -> State | None:
+    """No job is known of, or not whether the last submission made one; None where the job before it tells."""
+    submitting = open_submission(evidence.events)
+    if submitting is None:
+        return State(word="NOT_SUBMITTED", sentence="the run folder is there; no job was submitted yet")
+    if (busy := holder(evidence.run)) is not None:
+        return State(word="NOT_SUBMITTED", sentence=f"is being submitted by {busy}")
+    if unreachable is not None:
+        return State(word="UNKNOWN", sentence=f"cannot be told (whether it was submitted either): {unreachable}")
+    if not has_settled(submitting):
+        return State(word="UNKNOWN", sentence="its launcher ended while submitting it; Slurm shows no job of it yet")
+    if evidence.job_id is not None:
+        return None
+    again = f"launcher resume {evidence.run.run_id}"
+    return State(
+        word="NOT_SUBMITTED", sentence=f"its launcher ended while submitting it, and no job came of it; {again}"
+    )
 
 
 def _active_sentence(evidence: Evidence, job: SlurmJob) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError, JobFailedError, LauncherError, RecipeError, TemporaryError
+from launcher.errors import ClusterError, ConflictError, JobFailedError, LauncherError, RecipeError, TemporaryError
+from launcher.runs.adoption import adopt, controller_of, lost_jobs
 from launcher.runs.folder import RunFolder
+from launcher.runs.lock import hold, holder
 from launcher.runs.process import end_session
 from launcher.runs.slurm import SlurmJob, cancel_job, find_jobs
 from launcher.runs.state import Evidence, State, judge, read_evidence
@@ -119,14 +122,34 @@ def _submitted_s(run: RunFolder) -> float:
 
 def _statuses(runs: list[RunFolder]) -> list[RunStatus]:
     evidence = [read_evidence(run) for run in runs]
-    asked = [one.job_id for one in evidence if one.cluster == "slurm" and one.result is None and one.job_id]
     jobs: Mapping[str, SlurmJob] = {}
     unreachable: str | None = None
     try:
-        jobs = find_jobs(asked)
+        evidence = _with_lost_jobs(evidence)
+        jobs = find_jobs(one.job_id for one in evidence if one.cluster == "slurm" and one.result is None and one.job_id)
     except LauncherError as error:
         unreachable = error.problems[0]
     return [_status(one, judge(one, jobs.get(one.job_id or ""), unreachable=unreachable)) for one in evidence]
+
+
+def _with_lost_jobs(evidence: list[Evidence]) -> list[Evidence]:
+    """The evidence, with jobs whose submission was never answered taken over; asks Slurm only where there is one.
+
+    Raises:
+        TemporaryError: Slurm does not answer.
+    """
+    orphaned = [one for one in evidence if one.result is None and one.unanswered and holder(one.run) is None]
+    if not orphaned:
+        return evidence
+    remote = {one.run.run_id: one.events for one in orphaned if one.cluster == "slurm"}
+    found = {run_id: job.job_id for run_id, job in lost_jobs(remote).items()} if remote else {}
+    for one in orphaned:
+        if one.cluster == "local" and (process := controller_of(one.run)) is not None:
+            found[one.run.run_id] = str(process.pid)
+        if one.run.run_id in found:
+            with contextlib.suppress(ConflictError, OSError, ClusterError), hold(one.run, "status"):
+                adopt(one.run, found[one.run.run_id], cluster=one.cluster)
+    return [read_evidence(one.run) if one.run.run_id in found else one for one in evidence]
 
 
 def _status(evidence: Evidence, state: State) -> RunStatus:

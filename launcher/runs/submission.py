@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import os
-import shlex
+import secrets
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.errors import ClusterError, LauncherError, RecipeError, TemporaryError, raise_all
-from launcher.facts.command import is_temporary
-from launcher.facts.probe import associations, partitions
+from launcher.errors import ClusterError, LauncherError, RecipeError, raise_all
 from launcher.facts.site import Site
 from launcher.planning.deepspeed_config import deepspeed_config
 from launcher.planning.job import signal_lead_s
 from launcher.planning.plan import Plan, plan_to_json
 from launcher.recipe.load import recipe_to_yaml
 from launcher.recipe.schema import Recipe
+from launcher.runs.adoption import ledger
 from launcher.runs.environment import environment_facts
 from launcher.runs.folder import RunFolder, write_atomic, write_json
+from launcher.runs.lock import hold
 from launcher.runs.process import identify
 from launcher.runs.request import JobRequest, request_to_json
-from launcher.runs.sbatch import plain_script, python_words, submitit_parameters, submitit_script
+from launcher.runs.sbatch import plain_script, submitit_script
+from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm, silent
 from launcher.runs.slurm import cancel_job
-from launcher.runs.train_job import TrainJob
 
-__all__ = ["JobRequest", "create_run", "describe", "job_request", "print_sbatch", "submit"]
-
-_KEPT_SLURM_VARIABLES = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_WCKEY"})
-_FOREIGN_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMIX_", "PMI_", "SUBMITIT_")
-_FOREIGN_NAMES = frozenset(
-    {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-)
-"""Variables of a job or launcher around this process; inherited, they would contradict the new job's own."""
+__all__ = ["JobRequest", "create_run", "describe", "job_request", "print_sbatch", "submit", "submit_held"]
 
 
 def create_run(recipe_text: str, recipe: Recipe, plan: Plan, site: Site, parent: Path) -> RunFolder:
@@ -94,7 +87,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         exclusive=slurm.exclusive,
         requeue=slurm.requeue,
         signal_lead_s=signal_lead_s(plan.chosen, time_min),
-        extra=dict(slurm.extra),
+        extra={"comment": f"launcher:{run.run_id}"} | slurm.extra,
         env=_environment(plan, site),
         setup=(*(f"module load {module} || exit 1" for module in site.modules), *site.setup),
         container=site.container,
@@ -157,32 +150,74 @@ def print_sbatch(request: JobRequest) -> str:
     return plain_script(request)
 
 
-def submit(request: JobRequest) -> str:
-    """Send the job and return its id; the run folder then holds job.json and the ledger its first line.
+def submit(request: JobRequest, *, purpose: str = "submit", say: Say = silent) -> str:
+    """Send the job and return its id; the run folder then holds job.json and the ledger a line about it.
 
-    When the job is refused nothing stays queued, and a run folder without results is removed.
+    When the job is refused nothing stays queued, and a run folder without results is removed. An answer that got lost
+    is no second job: one of this run's name that the ledger does not know is the one that was sent.
 
     Raises:
         RecipeError: a value that must not reach sbatch.
-        TemporaryError: no sbatch here, or its controller does not answer.
+        TemporaryError: no sbatch here, or its controller does not answer, within PATIENCE_S.
         ClusterError: Slurm refuses the job; its words are quoted, with what exists instead.
+        ConflictError: somebody else is submitting this run.
     """
     run = RunFolder(Path(request.run_dir))
     try:
         raise_all(RecipeError, request.problems())
-        with clean_environment():
-            job_id = _send_to_slurm(request, run) if request.cluster == "slurm" else _start_here(request)
     except LauncherError:
         _discard(run)
         raise
+    with hold(run, purpose):
+        return submit_held(request, purpose=purpose, say=say)
+
+
+def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
+    """Like `submit`, for a caller that holds the run's lock and has checked the request."""
+    run, token = RunFolder(Path(request.run_dir)), secrets.token_hex(8)
+    try:
+        # job.json first: who finds a lost job later knows what was asked for.
+        before = _job_document(run)
+        _remember(request, run, job_id=None)
+        run.record("submitting", token=token, purpose=purpose, cluster=request.cluster, job_name=request.name)
+        with clean_environment():
+            job_id = send_to_slurm(request, run, say) if request.cluster == "slurm" else _start_here(request)
+    except MaybeSubmittedError:
+        raise
+    except (LauncherError, OSError) as error:
+        why = error.problems[0] if isinstance(error, LauncherError) else str(error)
+        _nothing_was_sent(run, token, why, before)
+        if isinstance(error, OSError):
+            raise ClusterError(f"cannot write the run folder {run.path}: {error}") from error
+        raise
     try:
         _remember(request, run, job_id=job_id)
-        run.record("submitted", job_id=job_id, cluster=request.cluster)
+        run.record("submitted", job_id=job_id, cluster=request.cluster, purpose=purpose, token=token)
     except OSError as error:
         if request.cluster == "slurm":
             cancel_job(job_id)
         raise ClusterError(f"cannot write {run.job}: {error}; job {job_id} was cancelled") from error
     return job_id
+
+
+def _nothing_was_sent(run: RunFolder, token: str, why: str, before: Mapping[str, Any] | None) -> None:
+    """No job exists: close the ledger's open line, or remove a folder in which nothing ever ran."""
+    with contextlib.suppress(OSError):
+        run.record("not_submitted", token=token, why=why)
+        if before is None:
+            run.job.unlink(missing_ok=True)
+        else:
+            write_json(run.job, before)
+    _discard(run)
+
+
+def _job_document(run: RunFolder) -> Mapping[str, Any] | None:
+    """What job.json holds; None where there is none."""
+    try:
+        document: dict[str, Any] = json.loads(run.job.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return document
 
 
 def _remember(request: JobRequest, run: RunFolder, *, job_id: str | None) -> None:
@@ -202,70 +237,11 @@ def _start_here(request: JobRequest) -> str:
     return start(request)
 
 
-def _send_to_slurm(request: JobRequest, run: RunFolder) -> str:
-    """Submit through submitit's Slurm executor."""
-    for command in ("sbatch", "srun"):
-        if shutil.which(command) is None:
-            raise TemporaryError(
-                f"{command} is not on this machine's PATH, so nothing was submitted; go to a login node of the cluster "
-                "(or load its Slurm module) and try again, or run here with: launcher submit --local"
-            )
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    executor = submitit.SlurmExecutor(folder=run.submission, python=shlex.join(python_words(request)))
-    executor.update_parameters(**submitit_parameters(request))
-    try:
-        # submitit prints sbatch's complaint as well as raising it; the error that is raised here quotes it once.
-        with contextlib.redirect_stderr(io.StringIO()):
-            return str(executor.submit(TrainJob(request.run_dir)).job_id)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise _refusal(" / ".join(str(error).split("\n")), request) from error
-
-
-def _refusal(words: str, request: JobRequest) -> LauncherError:
-    """Slurm's words as an error, with what exists where that helps."""
-    if is_temporary(words):
-        return TemporaryError(
-            f"Slurm does not answer, so nothing was submitted; try again later (sbatch said: {words})"
-        )
-    lowered, hints = words.lower(), []
-    with contextlib.suppress(LauncherError):
-        if "partition" in lowered or "node configuration" in lowered:
-            hints.append(f"partitions here: {', '.join(partition.name for partition in partitions())}")
-        allowed = associations() if "account" in lowered or "qos" in lowered else None
-        if allowed:
-            hints.append(f"your accounts: {', '.join(allowed[0])}; your QOS: {', '.join(allowed[1])}")
-    asked = f"asked for partition={request.partition} account={request.account} qos={request.qos} nodes={request.nodes}"
-    return ClusterError("; ".join([f"Slurm refused the job: {words}", asked, *hints]))
-
-
-@contextlib.contextmanager
-def clean_environment() -> Iterator[None]:
-    """Hide the variables of a surrounding job or launcher while a job is submitted.
-
-    They would silently win over the script (SBATCH_*) or bind the new job to the old one's CPUs (SLURM_CPU_BIND).
-    SLURM_CONF stays: without it sbatch may not find its cluster.
-    """
-    hidden = {name: value for name, value in os.environ.items() if _is_foreign(name)}
-    for name in hidden:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _is_foreign(name: str) -> bool:
-    if name in _KEPT_SLURM_VARIABLES:
-        return False
-    return name in _FOREIGN_NAMES or name.startswith(_FOREIGN_PREFIXES)
-
-
 def _discard(run: RunFolder) -> None:
     """Remove a run folder that nothing has run in; leave anything else alone."""
     ours = run.recipe.is_file() and run.plan.is_file() and not run.path.is_symlink()
-    used = any(path.exists() for path in (run.attempts, run.metrics, run.heartbeat, run.result, run.adapter, run.model))
+    used = any(path.exists() for path in (run.metrics, run.heartbeat, run.result, run.adapter, run.model))
     with contextlib.suppress(OSError):
+        used = used or any(event.get("event") not in ("submitting", "not_submitted") for event in ledger(run))
         if ours and not used and not any(run.checkpoints.iterdir()):
             shutil.rmtree(run.path)

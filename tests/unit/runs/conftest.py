@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.runs.material import FakeSlurm
 
-_TOOLS = ("bash", "cat", "cp", "env", "git", "sleep", "printf")
+_TOOLS = ("bash", "cat", "cp", "env", "git", "sed", "sleep", "printf")
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tools))
     for name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS", "LAUNCHER_SITE", "LAUNCHER_VENV"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LAUNCHER_PATIENCE_S", "0")  # an unreachable controller is not waited for
     return tools
 
 

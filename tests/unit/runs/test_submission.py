@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from launcher.errors import ClusterError, RecipeError, TemporaryError
+from launcher.errors import ClusterError, ConflictError, RecipeError, TemporaryError
 from launcher.planning.plan import plan_from_json
 from launcher.recipe.load import load_recipe
-from launcher.runs import status
+from launcher.runs import lock, status
 from launcher.runs.environment import redact
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.request import JobRequest
@@ -144,7 +146,7 @@ def test_submit_leaves_the_job_in_the_run_folder(run: RunFolder, fake_slurm: Fak
     assert submit(request_for(run)) == "42"
     job = json.loads(run.job.read_text())
     assert (job["job_id"], job["request"]["nodes"]) == ("42", 2)
-    assert [event["event"] for event in read_json_lines(run.attempts)] == ["submitted"]
+    assert [event["event"] for event in read_json_lines(run.attempts)] == ["submitting", "submitted"]
     with (run.submission / "42_submitted.pkl").open("rb") as file:
         delayed = pickle.load(file)
     assert vars(delayed.function) == {"run_dir": str(run.path)}
@@ -238,3 +240,93 @@ def test_a_local_site_has_no_script(run: RunFolder) -> None:
 def test_rendering_needs_no_executor(run: RunFolder) -> None:
     """submitit's private renderer still takes what we give it."""
     assert submitit_script(request_for(run)).startswith("#!/bin/bash")
+
+
+# ---------------------------------------------------------------- answers that get lost
+
+
+def loses_the_reply(fake: FakeSlurm, words: str = "") -> None:
+    """An sbatch that hands the job to Slurm and then fails: from now on squeue knows a job of the run's name."""
+    script = f"""#!/bin/bash
+echo call >> '{fake.folder}/sbatch.calls'
+name=$(sed -n 's/^#SBATCH --job-name=//p' "${{@: -1}}")
+printf '%s|42|PENDING||N/A|Priority\\n' "$name" > '{fake.folder}/squeue.out'
+echo '{words}' >&2
+exit 1
+"""
+    path = fake.folder / "sbatch"
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words", ["", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"]
+)
+def test_a_lost_reply_is_no_second_job(run: RunFolder, fake_slurm: FakeSlurm, words: str) -> None:
+    """The job that Slurm has is found by its name and taken over; sbatch is called once."""
+    loses_the_reply(fake_slurm, words)
+    said: list[str] = []
+    assert submit(request_for(run), say=said.append) == "42"
+    assert (fake_slurm.folder / "sbatch.calls").read_text().count("call") == 1
+    assert json.loads(run.job.read_text())["job_id"] == "42"
+    assert any("job 42 of this run is there" in sentence for sentence in said)
+
+
+def test_a_job_of_an_earlier_submission_is_not_mistaken_for_the_lost_one(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """All jobs of a run share its name; those in the ledger are old ones."""
+    run.record("submitted", job_id="41")
+    run.record("started", job_id="41", attempt="0")
+    fake_slurm.say("squeue", f"{run.run_id}|41|FAILED|node1|N/A|NonZeroExitCode\n")
+    fake_slurm.say("sbatch", stderr="sbatch: error: Invalid qos specification\n", status=1)
+    with pytest.raises(ClusterError, match="Invalid qos"):
+        submit(request_for(run))
+    assert [event["event"] for event in read_json_lines(run.attempts)][-1] == "not_submitted"
+
+
+def test_when_nobody_knows_nothing_more_is_sent(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """A reply lost together with the controller: the folder stays, its open line lets the job be found later."""
+    fake_slurm.say("sbatch", stderr="sbatch: error: Socket timed out on send/recv operation\n", status=1)
+    fake_slurm.say("squeue", stderr="Unable to contact slurm controller (connect failure)", status=1)
+    with pytest.raises(TemporaryError, match="launcher status " + run.run_id):
+        submit(request_for(run))
+    assert [event["event"] for event in read_json_lines(run.attempts)] == ["submitting"]
+    fake_slurm.say("squeue", f"{run.run_id}|42|RUNNING|node1|N/A|None\n")
+    assert status.run_status(run).job_id == "42"
+    fake_slurm.say("squeue", "42|RUNNING|node1|N/A|None\n")
+    found = status.run_status(run)
+    assert (found.state, found.job_id) == ("RUNNING", "42"), "it was written down"
+
+
+def test_a_controller_that_comes_back_gets_one_job(
+    run: RunFolder, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is away sbatch is tried again within the bound; what it takes in the end is the only job."""
+    monkeypatch.setenv("LAUNCHER_PATIENCE_S", "30")
+    back = fake_slurm.folder / "back"
+    script = f"""#!/bin/bash
+echo call >> '{fake_slurm.folder}/sbatch.calls'
+if [ -e '{back}' ]; then echo 'Submitted batch job 42'; exit 0; fi
+printf '' > '{back}'
+echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2
+exit 1
+"""
+    (fake_slurm.folder / "sbatch").write_text(script)
+    assert submit(request_for(run)) == "42"
+    assert (fake_slurm.folder / "sbatch.calls").read_text().count("call") == 2
+
+
+def test_every_job_finds_its_pickle(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """submitit names the pickle after sbatch's answer; a job whose answer got lost copies the waiting one."""
+    loses_the_reply(fake_slurm)
+    submit(request_for(run))
+    line = next(line for line in submitit_script(request_for(run)).splitlines() if "_submitted.pkl" in line)
+    subprocess.run(["bash", "-c", line], check=True, env={**os.environ, "SLURM_JOB_ID": "42"})
+    with (run.submission / "42_submitted.pkl").open("rb") as file:
+        assert vars(pickle.load(file).function) == {"run_dir": str(run.path)}
+
+
+def test_a_run_that_somebody_submits_is_left_to_them(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """Two submitters would make two jobs of one run."""
+    with lock.hold(run, "resume"), pytest.raises(ConflictError, match="launcher resume"):
+        submit(request_for(run))
+    assert fake_slurm.calls("sbatch") == [] and run.recipe.exists()
