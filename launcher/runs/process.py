@@ -1,8 +1,12 @@
-"""Process: a process of this machine that can be told from a later one with the same number."""
+"""Process: a process of this machine that can be told from a later one with the same number, and its descendants.
+
+Read from /proc; a zombie counts as ended everywhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -64,6 +68,74 @@ def end_session(process: Process, *, grace_s: float) -> None:
         _signal_group(process.pid, signal.SIGKILL)
     while is_alive(process):
         time.sleep(0.05)
+
+
+# --- families ----------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the new parent of descendants whose own parent ends, `setsid` ones included."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with(parent: int) -> None:
+    """In a new child: ask the kernel to kill it when `parent` dies, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid` that have not ended, parents before children."""
+    children: dict[int, list[int]] = {}
+    for number in numbers():
+        fields = _stat(number)
+        if fields is not None:
+            children.setdefault(int(fields[1]), []).append(number)
+    found = list(children.get(pid, []))
+    for number in found:  # grows while it is walked
+        found += children.get(number, [])
+    return found
+
+
+def numbers() -> list[int]:
+    """Every process number of this machine."""
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def name(pid: int) -> str:
+    """What it calls itself, for people; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activity:
+    """What a process is doing, as the kernel sees it."""
+
+    state: str
+    """/proc's letter: R running, S sleeping, D waiting for a device or file system, T stopped, t traced."""
+    cpu_s: float
+    """CPU time of all its threads so far."""
+
+    @property
+    def stopped(self) -> bool:
+        """By SIGSTOP or a debugger: it cannot do anything, not even answer."""
+        return self.state in "Tt"
+
+
+def activity(pid: int) -> Activity | None:
+    """What the process is doing now; None when it has ended."""
+    fields = _stat(pid)
+    if fields is None:
+        return None
+    ticks = int(fields[11]) + int(fields[12])
+    return Activity(state=fields[0], cpu_s=ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 EARLY_SIGNAL = "LAUNCHER_EARLY_SIGNAL"
-"""Environment variable that carries a stop signal from before the worker's own handlers."""
+"""Environment variable that carries a stop signal from before the supervisor stood; the rank inherits it."""
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
@@ -27,7 +27,7 @@ class TrainJob:
     run_dir: str
 
     def __call__(self) -> None:
-        """Run this task's rank; heavy imports start here, after the signal handlers.
+        """Supervise this task's rank, which is a child process; the training stack is imported there only.
 
         submitit's own handlers are replaced first. On USR2 its handler on rank 0 would requeue the job at once
         (limit above 10 minutes) or end it with an exception (10 minutes or less), before anything could be saved.
@@ -37,8 +37,8 @@ class TrainJob:
         """
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, _note)
-        from launcher.worker.main import run
+        from launcher.runs.supervisor import supervise
 
-        code = run(Path(self.run_dir))
+        code = supervise(Path(self.run_dir))
         if code:
             raise SystemExit(code)

@@ -62,6 +62,27 @@ class Trains(Protocol):
         """Summed loss and trained tokens of this rank's batches."""
 
 
+class Saves(Protocol):
+    """How checkpoints come about; see saving.py."""
+
+    saved_step: int
+
+    def votes(self) -> Sequence[int]:
+        """Three numbers that say how far a save in the background is."""
+
+    def heard(self, votes: Sequence[int]) -> None:
+        """Their sums over the ranks."""
+
+    def save(self, memory: Any) -> None:
+        """A save is due; collective."""
+
+    def save_last(self, memory: Any) -> None:
+        """The save before a stop; on return it is on disk."""
+
+    def join(self) -> None:
+        """Wait for a save in the background."""
+
+
 class Tracks(Protocol):
     """The part of a tracker the loop needs."""
 
@@ -130,19 +151,18 @@ class Loop:
     device: torch.device
     collate: Callable[[list[Any]], Batch]
     learning_rate: Callable[[int], float]
-    save: Callable[[Memory], Path]
+    saving: Saves
     tracker: Tracks
     progress: Progress
     stop: StopFlag
     memory: Memory = field(default_factory=Memory)
-    _saved_step: int = -1
     _saved_s: float = field(default_factory=time.monotonic)
     _interval_tokens: int = 0
     _interval_s: float = 0.0
 
     def run(self) -> str | None:
         """Train from `memory.step` to the last step; None when done, else why it stopped (a checkpoint is there)."""
-        self._saved_step = self.memory.step if self.memory.step else -1
+        self.saving.saved_step = self.memory.step if self.memory.step else -1
         if self.memory.step == 0:
             self._evaluate()
         self._in_state("training")
@@ -151,10 +171,12 @@ class Loop:
             done = self.memory.step == self.rhythm.total_steps
             if self._due(self.rhythm.eval_steps) and not (stop and not done):
                 self._evaluate()
-            if save or (stop and not done):
-                self._save()
             if stop and not done:
+                self._save(self.saving.save_last)
                 return self.stop.reason or "another rank was told to stop"
+            if save:
+                self._save(self.saving.save)
+        self.saving.join()
         if self.memory.evaluated_step != self.memory.step:
             self._evaluate()
         return None
@@ -173,10 +195,10 @@ class Loop:
 
         def votes() -> list[int]:
             # Summed over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
-            return [int(self.stop.raised), int(self._save_due(step)), *_count(batches)]
+            return [int(self.stop.raised), int(self._save_due(step)), *self.saving.votes(), *_count(batches)]
 
         result = self.engine.train_step(batches, trained_tokens=expected, learning_rate=rate, step=step, votes=votes)
-        stop, save, tokens, counted = result.votes
+        stop, save, *saving, tokens, counted = result.votes
         if counted != expected:
             raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")
         self._note(step, result, rate, indices, tokens, time.monotonic() - started)
@@ -260,18 +282,16 @@ class Loop:
         for first in range(0, len(rows), width):
             start = first + layout.rank * layout.micro_batch
             numbers = range(start, min(start + layout.micro_batch, len(rows)))
+            self.progress.alive()
             batch = self._batch(rows, numbers or [0])
             if not numbers:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             yield batch
 
-    def _save(self) -> None:
-        if self._saved_step == self.memory.step:
-            return
+    def _save(self, save: Callable[[Memory], None]) -> None:
         self._in_state("saving")
-        path = self.save(self.memory)
-        self._saved_step, self._saved_s = self.memory.step, time.monotonic()
-        self.progress.line(f"step {self.memory.step}/{self.rhythm.total_steps}  saved {path.name}")
+        save(self.memory)
+        self._saved_s = time.monotonic()
         self._in_state("training")
 
     def _in_state(self, state: str) -> None:

@@ -22,7 +22,9 @@ from launcher.errors import ClusterError, LauncherError
 from launcher.planning.plan import Candidate, plan_from_json
 from launcher.recipe.load import load_recipe
 from launcher.recipe.schema import Recipe
+from launcher.runs import stacks
 from launcher.runs.folder import RunFolder, write_json
+from launcher.runs.pulse import Pulse
 from launcher.worker import faults, rendezvous
 from launcher.worker.place import Place, place_from_environment
 from launcher.worker.progress import Progress
@@ -42,27 +44,39 @@ def run(run_dir: Path) -> int:
     """Run this process's rank of the job; returns its exit code and does not raise.
 
     0: finished, or stopped on request with a checkpoint (then without result.json), or nothing was left to do.
-    An error is printed once with its traceback, and recorded in `errors/rank-N.json` and the ledger.
+    An error is printed once with its traceback, and recorded in `errors/<attempt>/rank-N.json` and the ledger.
+    The supervisor is told of an orderly end before the process group is left: what libraries do on the way out may
+    hang or crash, and the work is done by then.
     """
     stop = StopFlag.install()
+    stacks.answer()
+    pulse = Pulse.from_environment()
+    pulse.beat("starting")
     folder = RunFolder(Path(run_dir).resolve())
     place: Place | None = None
     try:
         place = place_from_environment(os.environ)
         if folder.result.exists():
             print(f"{folder.run_id} is finished already ({folder.result}); nothing to do", flush=True)
+            pulse.beat("done")
             return 0
-        train(folder, place, stop, join=rendezvous.join)
+        reason = train(folder, place, stop, join=rendezvous.join, pulse=pulse)
+        pulse.beat("done" if reason is None else "stopped")
         rendezvous.leave()
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return _failed(folder, place, error)
+        return _failed(folder, place, error, pulse)
 
 
-def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[..., None]) -> None:
-    """The life of a rank. `join` brings up the process group; it is called once, after the tokens are there.
+def train(
+    folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[..., None], pulse: Pulse | None = None
+) -> str | None:
+    """The life of a rank; why it stopped before the end (a checkpoint is there), or None when the run is finished.
+
+    `join` brings up the process group; it is called once, after the tokens are there. `pulse` tells the supervisor
+    that the rank goes on.
 
     Raises:
         LauncherError: something a user can fix, by its class.
@@ -71,7 +85,7 @@ def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[...
     recipe, candidate = _read(folder, place)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers and datasets in a log file
-    progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt)
+    progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt, pulse=pulse)
     if place.rank == 0:
         folder.record("started", **place.names, world_size=place.world_size, hosts=[place.host])
     faults.arm(folder, rank=place.rank, attempt=place.attempt)
@@ -81,12 +95,13 @@ def train(folder: RunFolder, place: Place, stop: StopFlag, *, join: Callable[...
     for notice in tokens.stats.get("notices", []):
         progress.say(f"warning: {notice}")
     progress.state("starting")
+    progress.phase("joining")
     join(place, folder.rendezvous, device=candidate.device, timeout_s=JOIN_TIMEOUT_S)
 
     from launcher.worker.rank import Rank
 
     with _tracking(recipe, folder, place) as tracker, contextlib.closing(progress):
-        Rank(
+        return Rank(
             folder=folder,
             place=place,
             recipe=recipe,
@@ -148,18 +163,21 @@ def _tracking(recipe: Recipe, folder: RunFolder, place: Place) -> Iterator[Track
         tracker.finish("stopped")
 
 
-def _failed(folder: RunFolder, place: Place | None, error: Exception) -> int:
+def _failed(folder: RunFolder, place: Place | None, error: Exception, pulse: Pulse) -> int:
     """Say it once, write it down, and give the exit code of its class (1: our bug)."""
     code = error.exit_code if isinstance(error, LauncherError) else 1
     rank = place.rank if place else -1
     traceback.print_exc()
     sys.stderr.flush()
+    last = pulse.read()
     facts = {
         "type": type(error).__name__,
         "message": str(error),
         "exit_code": code,
         "rank": rank,
         "host": place.host if place else socket.gethostname(),
+        "phase": last.phase,
+        "step": last.step,
         "time_s": time.time(),
         "traceback": traceback.format_exc(),
     }

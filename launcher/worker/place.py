@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from launcher.errors import ClusterError
 
+SUPERVISOR = "LAUNCHER_SUPERVISOR"
+"""Set by a rank's supervisor, its process number first: both must give an attempt of one rank the same name."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -52,6 +55,7 @@ def place_from_environment(environ: Mapping[str, str]) -> Place:
         return _checked(_slurm(environ), environ)
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _checked(_torchrun(environ), environ)
+    alone = f"local-{environ.get(SUPERVISOR, '').partition(':')[0] or os.getpid()}"
     return Place(
         rank=0,
         world_size=1,
@@ -60,8 +64,8 @@ def place_from_environment(environ: Mapping[str, str]) -> Place:
         node_rank=0,
         nodes=1,
         host=socket.gethostname(),
-        job_id=f"local-{os.getpid()}",
-        attempt=f"local-{os.getpid()}.0",
+        job_id=alone,
+        attempt=f"{alone}.0",
     )
 
 

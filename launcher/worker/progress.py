@@ -1,4 +1,7 @@
-"""Progress: what rank 0 shows while it works: the heartbeat file, one line per logged step, a bar on a terminal."""
+"""Progress: what rank 0 shows while it works: the heartbeat file, one line per logged step, a bar on a terminal.
+
+Every rank shows its supervisor more: the pulse beats with each phase, step and evaluated batch.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from launcher.runs.folder import RunFolder
+from launcher.runs.pulse import PHASES, Pulse
 
 _EVERY_S = 2.0
 """The heartbeat is on a shared file system: never more often than this, except when the state changes."""
 
 
 class Progress:
-    """Rank 0's voice; on the other ranks every call does nothing."""
+    """Rank 0's voice, and every rank's pulse."""
 
-    def __init__(self, run: RunFolder, *, rank: int, job_id: str, attempt: str) -> None:
+    def __init__(self, run: RunFolder, *, rank: int, job_id: str, attempt: str, pulse: Pulse | None = None) -> None:
         self._run = run
+        self._pulse = pulse or Pulse(None)
         self._speaks = rank == 0
         self._facts: dict[str, Any] = {"job_id": job_id, "attempt": attempt, "state": "starting"}
         self._beaten_s = 0.0
@@ -29,11 +34,27 @@ class Progress:
 
     def state(self, name: str, **facts: Any) -> None:
         """Enter a state: starting, tokenizing, training, evaluating, saving, finishing; beats at once."""
+        self.phase(name, facts.get("step"))
         self._facts |= {"state": name, **facts}
         self._beat()
 
+    def phase(self, name: str, step: int | None = None) -> None:
+        """Enter a phase that only the supervisor is told of; at the same place of the program on every rank.
+
+        Raises:
+            ValueError: no such phase.
+        """
+        if name not in PHASES:
+            raise ValueError(f"no phase {name!r}; there are {', '.join(PHASES)}")
+        self._pulse.beat(name, step)
+
+    def alive(self) -> None:
+        """Tell the supervisor that a long phase goes on."""
+        self._pulse.beat()
+
     def step(self, **facts: Any) -> None:
         """Note a finished step (step, total_steps, loss, tokens_per_s, eta_s, peak_bytes); beats now and then."""
+        self._pulse.beat("training", int(facts["step"]))
         self._facts |= facts
         if time.monotonic() - self._beaten_s >= _EVERY_S:
             self._beat()

@@ -50,19 +50,21 @@ class Rank:
     started_s: float
     """time.monotonic() when this process began."""
 
-    def work(self) -> None:
-        """Build, resume, train, and leave a checkpoint (stopped) or an artifact and result.json (completed)."""
+    def work(self) -> str | None:
+        """Build, resume, train, and leave a checkpoint (stopped: why) or an artifact and result.json (None)."""
         self._note_hosts()
+        self.progress.phase("building")
         device = torch.device(device_name(self.place, self.candidate.device))
         order, steps = self._order()
         engine = self._engine(device, steps)
         checkpoints = self._checkpoints()
         loop = self._loop(engine, checkpoints, order, device, steps)
+        self.progress.phase("loading")
         self._resume(loop, engine, checkpoints)
         reason = loop.run()
         if reason is not None:
             self._stopped(reason, loop.memory.step)
-            return
+            return reason
         finish = Finish(
             folder=self.folder,
             place=self.place,
@@ -75,6 +77,7 @@ class Rank:
             started_s=self.started_s,
         )
         finish.work(loop, engine)
+        return None
 
     # --- putting together ----------------------------------------------------------------------
 
@@ -169,10 +172,7 @@ class Rank:
         self.progress.say(f"resumed after step {loop.memory.step} from {path.name}")
         if self.place.rank == 0:
             if checkpoints.reshaped:
-                before, now = checkpoints.reshaped
-                self.folder.record(
-                    "reshaped", **self.place.names, from_world=before, to_world=now, step=loop.memory.step
-                )
+                self.folder.record("reshaped", **self.place.names, step=loop.memory.step, **checkpoints.reshaped)
             self.folder.record("resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name)
 
     def _note_hosts(self) -> None:

@@ -38,9 +38,11 @@ class StopFlag:
     def install(cls) -> StopFlag:
         """Take over the stop signals; one that arrived earlier counts.
 
-        Data-loader processes would inherit the handlers; the worker has none.
+        The supervisor starts the rank with these signals blocked, so that none ends it or is lost before the
+        handlers stand. Data-loader processes would inherit the handlers; the worker has none.
         """
         flag = cls(os.environ.get(EARLY_SIGNAL))
         for number in cls.SIGNALS:
             signal.signal(number, flag.raise_)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, cls.SIGNALS)
         return flag

@@ -95,7 +95,7 @@ def test_a_job_of_another_size_than_planned_is_refused(tmp_path: Path) -> None:
     code, output = _end(_start(run, 1, 3))
     assert code == 5
     assert output.count("the job has 3 ranks, the plan 2 (1 nodes x 2)") == 1
-    told = json.loads((run.errors / "rank-1.json").read_text())
+    told = json.loads(run.error("job.0", 1).read_text())
     assert (told["type"], told["exit_code"], told["rank"]) == ("ClusterError", 5, 1)
     assert events(run) == ["failed"]
 

@@ -1,30 +1,27 @@
-"""The pickled object: what it does before and after the rank, with a fake rank in place of training."""
+"""The pickled object: what it does before and after the rank, with a fake supervisor in place of the rank's."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launcher.runs import supervisor
 from launcher.runs.train_job import EARLY_SIGNAL, TrainJob
 
 
 @pytest.fixture
-def fake_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Path], int]], None]]:
-    """Puts a function in the worker's place; handlers and environment are as before afterwards."""
+def fake_supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Path], int]], None]]:
+    """Puts a function in the supervisor's place; handlers and environment are as before afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     monkeypatch.delenv(EARLY_SIGNAL, raising=False)
 
-    def use(run: Callable[[Path], int]) -> None:
-        module = types.ModuleType("launcher.worker.main")
-        module.run = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "launcher.worker.main", module)
+    def use(supervise: Callable[[Path], int]) -> None:
+        monkeypatch.setattr(supervisor, "supervise", supervise)
 
     yield use
     for number, handler in handlers.items():
@@ -34,9 +31,9 @@ def fake_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[P
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_during_the_imports_is_noted_not_obeyed(
-    fake_rank: Callable[..., None], number: signal.Signals
+    fake_supervisor: Callable[..., None], number: signal.Signals
 ) -> None:
-    """submitit's handler would requeue or end the job here; ours only leaves word for the worker."""
+    """submitit's handler would requeue or end the job here; ours only leaves word for the rank, which inherits it."""
     seen: list[str | None] = []
 
     def run(_run_dir: Path) -> int:
@@ -44,14 +41,14 @@ def test_a_signal_during_the_imports_is_noted_not_obeyed(
         seen.append(os.environ.get(EARLY_SIGNAL))
         return 0
 
-    fake_rank(run)
+    fake_supervisor(run)
     TrainJob("/runs/x")()
     assert seen == [number.name]
 
 
-def test_the_ranks_exit_code_is_the_tasks(fake_rank: Callable[..., None]) -> None:
+def test_the_ranks_exit_code_is_the_tasks(fake_supervisor: Callable[..., None]) -> None:
     """srun must see a failing rank fail."""
-    fake_rank(lambda run_dir: 3 if run_dir == Path("/runs/x") else 0)
+    fake_supervisor(lambda run_dir: 3 if run_dir == Path("/runs/x") else 0)
     with pytest.raises(SystemExit) as caught:
         TrainJob("/runs/x")()
     assert caught.value.code == 3
