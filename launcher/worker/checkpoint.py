@@ -70,8 +70,8 @@ class Checkpoints:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.notices: list[str] = []
         """What was found damaged and skipped, in words."""
-        self.reshaped: tuple[int, int] | None = None
-        """Ranks that wrote the checkpoint loaded last, and ranks that read it, where they are not equally many."""
+        self.reshaped: dict[str, int] | None = None
+        """Ranks and ZeRO stages that wrote the checkpoint loaded last and that read it, where they differ."""
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -163,16 +163,15 @@ class Checkpoints:
     def load(self, path: Path, engine: Saves) -> dict[str, Any]:
         """Restore engine and random states from a folder that `newest` returned; returns the saved `state`.
 
-        Another number of ranks may have written it; `reshaped` tells.
+        Another number of ranks, or another ZeRO stage, may have written it; `reshaped` tells.
 
         Raises:
             ConflictError: it was written by another run or method, or its states cannot be read into these ranks.
         """
-        self._refuse_other_shape(path)
+        self._refuse_other_run(path)
         engine.load(path)
-        saved_ranks = int(_manifest(path)["world_size"])
-        self.reshaped = None if saved_ranks == self._identity.world_size else (saved_ranks, self._identity.world_size)
-        load_random_state(path, self._rank, saved_ranks)
+        self.reshaped = self._reshaped(path)
+        load_random_state(path, self._rank, int(_manifest(path)["world_size"]))
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
     def _listed(self) -> list[Path]:
@@ -195,11 +194,20 @@ class Checkpoints:
         problems = [_compare(path / name, manifest["files"][name]) for name in names]
         return [problem for problem in problems if problem]
 
-    def _refuse_other_shape(self, path: Path) -> None:
+    def _reshaped(self, path: Path) -> dict[str, int] | None:
+        manifest, identity = _manifest(path), self._identity
+        facts = {
+            "from_world": int(manifest["world_size"]),
+            "to_world": identity.world_size,
+            "from_stage": int(manifest["zero_stage"]),
+            "to_stage": identity.zero_stage,
+        }
+        same = facts["from_world"] == facts["to_world"] and facts["from_stage"] == facts["to_stage"]
+        return None if same else facts
+
+    def _refuse_other_run(self, path: Path) -> None:
         manifest = _manifest(path)
         names = {"method": "method", "run_id": "run"}
-        if 0 in (manifest.get("zero_stage"), self._identity.zero_stage):  # plain torch and ZeRO write other files
-            names["zero_stage"] = "deepspeed.stage"
         problems = [
             f"{path.name} was saved with {words} {manifest.get(name)!r}, now it is {getattr(self._identity, name)!r}; "
             "resume with the old value"

@@ -18,10 +18,9 @@ from launcher.planning.plan import Candidate
 from launcher.worker.engine import Batch, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
-from launcher.worker.reshape import load_reshaped, shape_of
+from launcher.worker.reshape import load_into_zero
+from launcher.worker.saved import ZERO_FOLDER, shape_of
 
-_TAG = "zero"
-"""Folder of DeepSpeed's files inside a checkpoint."""
 _OWNER = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank)0*(\d+)")
 """How DeepSpeed writes a data-parallel rank into a file name."""
 
@@ -127,12 +126,14 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> list[Path]:
         """DeepSpeed's own files below `folder`; frozen weights come from the base and are left out."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=not self._full)
+        self._engine.save_checkpoint(
+            str(folder), tag=ZERO_FOLDER, save_latest=False, exclude_frozen_parameters=not self._full
+        )
         if self._rank == 0:
             # DeepSpeed leaves copies of its converters; a checkpoint holds data, nothing to be run.
             for script in folder.glob("zero_to_*.py"):
                 script.unlink(missing_ok=True)
-        files = [path for path in sorted((folder / _TAG).rglob("*")) if path.is_file()]
+        files = [path for path in sorted((folder / ZERO_FOLDER).rglob("*")) if path.is_file()]
         return [path for path in files if _owner(path.relative_to(folder)) == self._rank]
 
     def load(self, folder: Path) -> None:
@@ -144,14 +145,14 @@ class DeepSpeedEngine:
             ConflictError: the states cannot be read into these ranks; see reshape.py.
             JobFailedError: DeepSpeed found nothing to load; it would only have warned.
         """
-        if shape_of(folder / _TAG) != (self._engine.zero_optimization_stage(), self._world):
-            load_reshaped(self._engine, folder / _TAG, device=self._device)
+        if shape_of(folder) != (self._engine.zero_optimization_stage(), self._world):
+            load_into_zero(self._engine, folder, device=self._device)
             return
         loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=self._full, load_lr_scheduler_states=False
+            str(folder), tag=ZERO_FOLDER, load_module_strict=self._full, load_lr_scheduler_states=False
         )
         if loaded is None:
-            raise JobFailedError(f"DeepSpeed found no checkpoint in {folder / _TAG}")
+            raise JobFailedError(f"DeepSpeed found no checkpoint in {folder / ZERO_FOLDER}")
 
     def full_state(self) -> dict[str, Tensor] | None:
         """Trained weights on rank 0's CPU; at stage 3 gathered one by one, so that one GPU holds one at a time."""

@@ -16,8 +16,9 @@ from launcher.planning.plan import Candidate
 from launcher.worker.engine import Batch, Hooks, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
+from launcher.worker.reshape import load_into_torch
+from launcher.worker.saved import TORCH_FILE, shape_of
 
-_STATE = "engine.pt"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,12 +129,21 @@ class TorchEngine:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
-        torch.save(state, folder / _STATE)
-        return [folder / _STATE]
+        torch.save(state, folder / TORCH_FILE)
+        return [folder / TORCH_FILE]
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
-        state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
+        """Restore what `save` wrote, here, on other ranks or at another stage; into a fresh engine.
+
+        Raises:
+            ConflictError: the states cannot be read into plain torch; see reshape.py.
+        """
+        if shape_of(folder)[0] != 0:
+            saved = load_into_torch(self.module, self._optimizer, folder, device=self._device)
+            if saved.loss_scale is not None and self._scaler.is_enabled():
+                self._scaler.load_state_dict(self._scaler.state_dict() | {"scale": saved.loss_scale})
+            return
+        state = torch.load(folder / TORCH_FILE, map_location=self._device, weights_only=True)
         own = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, tensor in state["weights"].items():

@@ -161,12 +161,12 @@ def test_what_a_killed_save_left_behind_is_ignored_and_swept(ranks: Ranks, works
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
-    [("zero_stage", 2, "deepspeed.stage 0, now it is 2"), ("method", "dora", "method 'lora', now it is 'dora'")],
+    [("run_id", "other-zzzzz", "now it is 'other-zzzzz'"), ("method", "dora", "method 'lora', now it is 'dora'")],
 )
-def test_resuming_with_another_shape_is_refused_by_name(
+def test_a_checkpoint_of_another_run_or_method_is_refused_by_name(
     field: str, value: Any, words: str, ranks: Ranks, workshop: Path
 ) -> None:
-    """A checkpoint is for the method that wrote it, and plain torch and ZeRO do not read each other's."""
+    """A checkpoint is for the run and the method that wrote it."""
     run = _stopped_run(ranks, workshop)
     identity = {"run_id": run.run_id, "attempt": "x.0", "world_size": 2, "zero_stage": 0, "method": "lora"}
     answers = ranks.run(_error_of, _load, run.checkpoints, identity | {field: value}, run.checkpoint(4))
@@ -181,7 +181,7 @@ def test_another_number_of_ranks_is_told_and_not_refused(ranks: Ranks, workshop:
     checkpoints = Checkpoints(run.checkpoints, identity, keep=2)
     state = checkpoints.load(run.checkpoint(4), FakeEngine())
     assert state["memory"]["step"] == 4
-    assert checkpoints.reshaped == (2, 1)
+    assert checkpoints.reshaped == {"from_world": 2, "to_world": 1, "from_stage": 0, "to_stage": 0}
 
 
 class FakeEngine:

@@ -96,3 +96,31 @@ def test_a_run_may_grow_and_shrink_between_attempts(stage: int, method: str, gro
     run = _chain(groups, _recipe(workshop, method, 4 * STEPS_EACH), shapes)
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert _reshaped(run) == [(2, 4, 2), (4, 1, 4), (1, 2, 6)]
+
+
+def test_the_stage_may_change_with_the_ranks(groups: Groups, workshop: Path) -> None:
+    """Plain torch, ZeRO-3, ZeRO-1, ZeRO-2 and plain torch again read what the one before wrote."""
+    expected = _uninterrupted(groups, workshop, "full", weight_decay=0.1)
+    shapes = [
+        candidate_for(world, stage, method="full", weight_decay=0.1)
+        for world, stage in ((2, 0), (4, 3), (2, 1), (2, 0))
+    ]
+    run = _chain(groups, _recipe(workshop, "full", 4 * STEPS_EACH), shapes)
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert [line["to_stage"] for line in read_json_lines(run.attempts) if line["event"] == "reshaped"] == [3, 1, 0]
+
+
+ACCUMULATION = {
+    "half the ranks accumulate twice as much": [(4, 1, 2), (2, 1, 4), (1, 2, 4), (4, 2, 1)],
+    "another micro-batch on as many ranks": [(2, 1, 4), (2, 2, 2), (2, 4, 1), (2, 1, 4)],
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATION)
+def test_micro_batch_and_accumulation_may_change(name: str, groups: Groups, workshop: Path) -> None:
+    """(ranks, micro-batch, accumulation) change, the global batch of eight rows does not."""
+    expected = _uninterrupted(groups, workshop, "lora")
+    shapes = [candidate_for(world, 2, method="lora", micro_batch=micro) for world, micro, _ in ACCUMULATION[name]]
+    assert [(c.world_size, c.micro_batch, c.gradient_accumulation) for c in shapes] == ACCUMULATION[name]
+    run = _chain(groups, _recipe(workshop, "lora", 4 * STEPS_EACH), shapes)
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
