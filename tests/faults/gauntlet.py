@@ -13,7 +13,13 @@ import pytest
 
 from launcher.runs.folder import RunFolder
 from tests.faults.bed import SAVE_STEPS, FaultBed
-from tests.faults.invariants import assert_equal_sequence, assert_no_orphans, assert_one_artifact
+from tests.faults.invariants import (
+    assert_equal_sequence,
+    assert_lost_at_most,
+    assert_no_orphans,
+    assert_one_artifact,
+    assert_record,
+)
 from tests.faults.report import Row
 from tests.faults.story import events, lost_steps, marks, story
 
@@ -77,3 +83,29 @@ def noticed_after(run: RunFolder, attempt: str, struck_s: float) -> str:
     told = [e["time_s"] for kind in kinds for e in events(run, kind) if e.get("attempt", attempt) == attempt]
     later = [time_s - struck_s for time_s in told if time_s >= struck_s]
     return f", noticed after {min(later):.1f} s" if later else ""
+
+
+def check_survival(
+    bed: FaultBed,
+    run: RunFolder,
+    reference: RunFolder,
+    row: Row,
+    *,
+    causes: Sequence[str],
+    states: Sequence[str] = (),
+    lost: int = SAVE_STEPS,
+) -> None:
+    """Wait for the end of a run that was disturbed, and hold it against every invariant; `states` are sacct's."""
+    bed.finished(run)
+    row.measure(run)
+    seen: list[str] = []
+    if states:
+        # The result is written a moment before Slurm sees the job end.
+        bed.until(lambda: bed.accounting(run)[-1:] not in (["RUNNING"], ["COMPLETING"]), "accounting sees the end", run)
+        seen = bed.accounting(run)
+    row.seen = row.seen or " then ".join([*seen] or [attempt.cause for attempt in story(run)])
+    assert_equal_sequence(run, reference)
+    assert_lost_at_most(run, lost)
+    assert_one_artifact(run)
+    assert_no_orphans(run)
+    assert_record(run, causes, states, seen)
