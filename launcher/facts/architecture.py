@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from launcher.errors import ModelError
+from launcher.errors import ModelError, UnknownArchitectureError
 from launcher.facts.shape import Linear, ModelShape
 
 
@@ -39,6 +39,12 @@ class _Family:
     """Norms of width `hidden` per layer."""
     qk_norm: str = ""
     """"" | head (one head wide) | full (all heads wide)."""
+    norm_in_fp32: bool = False
+    """Whether the norm's weight multiplies before the cast back to 16 bits."""
+    ends_in_norm: bool = False
+    """Whether a norm follows attention and MLP."""
+    softcaps: bool = False
+    """Whether attn_logit_softcapping and final_logit_softcapping of config.json are read."""
     tied: bool = False
     """tie_word_embeddings when config.json does not say."""
     head_bias: bool = False
@@ -47,6 +53,13 @@ class _Family:
 
 
 _LLAMA = _Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
+_GEMMA = _Family(
+    tied=True,
+    norm_in_fp32=True,
+    default_head_dim=256,
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+)
 _GPT2 = _Family(
     attention="attn",
     qkv=("c_attn",),
@@ -71,18 +84,13 @@ _FAMILIES: dict[str, _Family] = {
     "qwen2": _Family(qkv_bias=True),
     "qwen3": _Family(qk_norm="head", default_head_dim=128, qkv_bias="attention_bias", out_bias="attention_bias"),
     "qwen3_moe": _Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias"),
-    "gemma": _Family(tied=True, default_head_dim=256, qkv_bias="attention_bias", out_bias="attention_bias"),
-    "gemma2": _Family(tied=True, norms=4, default_head_dim=256, qkv_bias="attention_bias", out_bias="attention_bias"),
-    "gemma3_text": _Family(
-        tied=True,
-        norms=4,
-        qk_norm="head",
-        default_head_dim=256,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-    ),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, norms=4, ends_in_norm=True, softcaps=True),
+    "gemma3_text": replace(_GEMMA, norms=4, ends_in_norm=True, qk_norm="head"),
     "olmo": _Family(norm="LayerNorm", norm_elements=0, qkv_bias="attention_bias", out_bias="attention_bias"),
-    "olmo2": _Family(qk_norm="full", qkv_bias="attention_bias", out_bias="attention_bias"),
+    "olmo2": _Family(
+        qk_norm="full", norm_in_fp32=True, ends_in_norm=True, qkv_bias="attention_bias", out_bias="attention_bias"
+    ),
     "stablelm": _Family(norm="LayerNorm", norm_elements=2, qkv_bias="use_qkv_bias"),
     "phi3": _Family(qkv=("qkv_proj",), up=("gate_up_proj",)),
     "phi": _Family(
@@ -180,7 +188,7 @@ def shape_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
     """Build the shape from the keys of a config.json; multimodal models are read for their text part.
 
     Raises:
-        ModelError: unknown architecture, or keys that are missing or no positive whole numbers.
+        UnknownArchitectureError, ModelError: unknown architecture, or keys that are missing or no positive whole numbers.
     """
     kind = str(config.get("model_type", ""))
     text = config.get("text_config")
@@ -188,7 +196,7 @@ def shape_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
         return shape_from_config({"model_type": kind, **text}, name=name, source=f"{source}, text part")
     family = _FAMILIES.get(_ALIASES.get(kind, kind))
     if family is None:
-        raise ModelError(f"{source}: {_unknown_family(kind, config)}")
+        raise UnknownArchitectureError(f"{source}: {_unknown_family(kind, config)}")
     return _build(family, _Reader(config, source), name=name, kind=_ALIASES.get(kind, kind), source=source)
 
 
@@ -196,7 +204,9 @@ def _unknown_family(kind: str, config: Mapping[str, Any]) -> str:
     shown = kind or ", ".join(config.get("architectures") or ()) or "no model_type"
     close = get_close_matches(kind, _FAMILIES, n=1)
     hint = f"; nearest known: {close[0]}" if close else ""
-    return f"architecture {shown!r} is not known to the planner{hint}. Known: {', '.join(sorted(_FAMILIES))}"
+    known = f"Known: {', '.join(sorted(_FAMILIES))}"
+    trace = "launcher plan RECIPE --trace measures its memory with the real model class, in the train environment"
+    return f"architecture {shown!r} is not known to the planner{hint}. {known}. What works without: {trace}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +292,10 @@ def _build(family: _Family, read: _Reader, *, name: str, kind: str, source: str)
         norm_params=norms * family.norm_elements * hidden + _qk_norm_params(family, head_dim, q, kv),
         final_norm_params=family.norm_elements * hidden,
         qk_norm=bool(family.qk_norm),
+        norm_in_fp32=family.norm_in_fp32,
+        ends_in_norm=family.ends_in_norm,
+        attention_softcap=family.softcaps and _softcap(config, "attn_logit_softcapping"),
+        logits_softcap=family.softcaps and _softcap(config, "final_logit_softcapping"),
         linears=linears,
         tied_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
         head_bias=family.head_bias,
@@ -293,6 +307,11 @@ def _build(family: _Family, read: _Reader, *, name: str, kind: str, source: str)
         sliding_window=config.get("sliding_window") or None,
         source=source,
     )
+
+
+def _softcap(config: Mapping[str, Any], key: str) -> bool:
+    """Gemma 2 caps unless config.json says null."""
+    return key not in config or config[key] is not None
 
 
 def _qk_norm_params(family: _Family, head_dim: int, q: int, kv: int) -> int:

@@ -47,6 +47,14 @@ class ModelShape:
     """Elements of one layer's norms, query and key norms included."""
     final_norm_params: int
     qk_norm: bool
+    norm_in_fp32: bool = False
+    """Whether norms multiply by their weight before they cast back (Gemma, OLMo 2), so that fp32 values are kept."""
+    ends_in_norm: bool = False
+    """Whether attention's and the MLP's outputs are normed once more before they join the residual."""
+    attention_softcap: bool = False
+    """Whether attention scores pass a tanh (Gemma 2)."""
+    logits_softcap: bool = False
+    """The same for the logits."""
     linears: tuple[Linear, ...]
     tied_embeddings: bool
     head_bias: bool

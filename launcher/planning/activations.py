@@ -23,36 +23,24 @@ def layer_activation_bytes_per_token(model: ModelShape, candidate: Candidate) ->
     of Llama and Mistral.
     """
     size = DTYPE_BYTES[candidate.precision]
-    total = model.norms_per_layer * _norm_bytes(model, candidate)
-    total += size * (2 * model.q_width + 2 * model.kv_width) + 4 * model.heads
-    if model.qk_norm:
-        total += (4 + size) * (model.q_width + model.kv_width)
-    total += _attention_extra(model, candidate, size)
+    total = model.norms_per_layer * _norm_bytes(model, candidate) + _head_norm_bytes(model, candidate, size)
+    total += _attention_bytes(model, candidate, size)
     mlp = (3 if model.gated_mlp else 1) * size * model.intermediate
     if model.experts:
         routing = 4 * model.experts + 2 * size * model.hidden * model.experts_per_token
         mlp = model.experts_per_token * mlp + routing
-    return total + mlp + _linear_input_bytes(model, candidate, size)
+    return total + mlp + _linear_input_bytes(model, candidate, size, _kept_inputs(model, candidate))
 
 
-def layer_transient_bytes_per_token(model: ModelShape, candidate: Candidate) -> float:
-    """Bytes per token that one layer needs while it is worked on, beyond what it keeps: one more MLP-wide tensor."""
-    active = model.experts_per_token if model.experts else 1
-    return DTYPE_BYTES[candidate.precision] * model.intermediate * active
+def attention_input_bytes(model: ModelShape, candidate: Candidate) -> float:
+    """Bytes per token that one layer keeps up to its query, key and value heads: norms and what projections read."""
+    size = DTYPE_BYTES[candidate.precision]
+    inputs = _projections(model, candidate)
+    norms = _norm_bytes(model, candidate) + _head_norm_bytes(model, candidate, size)
+    return norms + _linear_input_bytes(model, candidate, size, inputs)
 
 
-def layer_working_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
-    """Bytes per token of one layer while backward works on it, recomputed activations included with checkpointing."""
-    if stack.layer_temporaries is None:
-        own = layer_activation_bytes_per_token(model, candidate) if candidate.gradient_checkpointing else 0.0
-        return own + layer_transient_bytes_per_token(model, candidate)
-    peak = _measured_layer(model, candidate, stack)
-    if candidate.gradient_checkpointing:
-        return peak * stack.compiled
-    return max(0.0, peak - layer_activation_bytes_per_token(model, candidate)) * stack.compiled
-
-
-def _measured_layer(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
+def measured_layer_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """Peak of one checkpointed layer's backward as published allocator peaks have it.
 
     16d + 4q + 4k + 10f for gated MLPs with RMSNorm (Bekman; exact for Llama and Mistral blocks), 12d + 8f for plain
@@ -110,56 +98,99 @@ def _norm_bytes(model: ModelShape, candidate: Candidate) -> float:
     """What one norm keeps of one token: its input in fp32 and, where its weight is trained, the normalized values."""
     size = 4 if is_autocast(candidate) else DTYPE_BYTES[candidate.precision]
     kept = 4 if model.norm == "RMSNorm" else size
-    trained = size if candidate.method == "full" and model.norm == "RMSNorm" else 0
-    return (kept + trained) * model.hidden
+    return (kept + _normalized_bytes(model, candidate, size)) * model.hidden
 
 
-def _attention_extra(model: ModelShape, candidate: Candidate, size: int) -> float:
-    """Eager attention stores scores (quadratic); packed rows under SDPA need a mask, and with it repeated key heads.
-
-    The CPU kernel returns its output in another layout then, so that a copy is kept too.
-    """
-    if candidate.attn_implementation == "eager":
-        return (2 * size + 4) * model.heads * candidate.seq_len
-    if candidate.attn_implementation != "sdpa" or not candidate.packing:
+def _normalized_bytes(model: ModelShape, candidate: Candidate, size: int) -> int:
+    """Bytes per channel of a norm's normalized values: only a trained weight's gradient needs them."""
+    if candidate.method != "full" or model.norm != "RMSNorm":
         return 0
+    return 4 if model.norm_in_fp32 else size
+
+
+def _head_norm_bytes(model: ModelShape, candidate: Candidate, size: int) -> float:
+    """The same for norms of query and key heads."""
+    if not model.qk_norm:
+        return 0.0
+    return (4 + _normalized_bytes(model, candidate, size)) * (model.q_width + model.kv_width)
+
+
+def _attention_bytes(model: ModelShape, candidate: Candidate, size: int) -> float:
+    """Rotated queries and keys, values, the output, and what the kernel keeps of the scores.
+
+    Fused kernels keep one fp32 statistic per head. Where packed rows need a mask under SDPA, every layer keeps it as a
+    bias of the compute dtype, c bytes for each token of the row, and key heads repeated. Eager attention keeps the
+    softmax in fp32 and in the compute dtype, and the tanh of capped scores; its output is kept by the projection that
+    reads it alone.
+    """
+    heads = size * (2 * model.q_width + 2 * model.kv_width) + 4 * model.heads
     # One single key head is repeated by a view.
     repeated = 2 * size * (model.q_width - model.kv_width) if model.kv_heads > 1 else 0
-    return repeated + (size * model.q_width if candidate.device == "cpu" else 0)
+    if candidate.attn_implementation == "eager":
+        copies = 4 + (size if size != 4 else 0) + (size if model.attention_softcap else 0)
+        unread = 0 if candidate.method == "full" else size * model.q_width
+        return heads - 4 * model.heads - unread + repeated + copies * model.heads * candidate.seq_len
+    if not needs_mask(candidate):
+        return heads
+    return heads + repeated + size * candidate.seq_len
 
 
-def _linear_input_bytes(model: ModelShape, candidate: Candidate, size: int) -> float:
+def needs_mask(candidate: Candidate) -> bool:
+    """Whether SDPA gets a mask: the documents of a packed row must not see each other."""
+    return candidate.attn_implementation == "sdpa" and candidate.packing
+
+
+def _kept_inputs(model: ModelShape, candidate: Candidate) -> tuple[Linear, ...]:
+    """Linear modules whose weights (or adapters) are trained, so that they keep what they read."""
+    if candidate.method == "full":
+        return model.linears
+    return targeted(model, candidate.lora.target_modules)[0] if candidate.lora is not None else ()
+
+
+def _projections(model: ModelShape, candidate: Candidate) -> tuple[Linear, ...]:
+    """Those of them that make queries, keys and values."""
+    fed, block = _fed_by_activations(model), model.linears[0].block
+    return tuple(each for each in _kept_inputs(model, candidate) if each.block == block and each.name not in fed)
+
+
+def adapter_inputs_are_cast(candidate: Candidate) -> bool:
+    """Whether fp32 adapters run on a 16-bit base: plain torch, under autocast."""
+    return candidate.lora is not None and candidate.precision != "fp32" and candidate.zero_stage == 0
+
+
+def _linear_input_bytes(model: ModelShape, candidate: Candidate, size: int, inputs: tuple[Linear, ...]) -> float:
     """Inputs that linear layers keep for their weight gradients, besides those something else keeps anyway.
 
     Shared: norm outputs and the MLP's product, once each (the attention's output is kept by attention). Autocast
     casts the input of every linear layer for itself. Adapters keep their inputs alone: a cast copy per target under
     autocast, a dropped-out copy and its mask per target with dropout, else the shared ones.
     """
-    if candidate.method == "full":
-        inputs = model.linears
-    elif candidate.lora is not None:
-        inputs = targeted(model, candidate.lora.target_modules)[0]
-    else:
-        inputs = ()
-    own = candidate.lora is not None and candidate.lora.lora_dropout > 0
-    cast = candidate.precision != "fp32" and candidate.zero_stage == 0
-    if own or (cast and candidate.lora is not None):
-        mask = _mask_bytes(candidate, cast=cast) if own else 0
+    dropped = candidate.lora is not None and candidate.lora.lora_dropout > 0
+    if dropped or adapter_inputs_are_cast(candidate):
+        mask = dropout_mask_bytes(candidate) if dropped else 0
         kept = float(sum(linear.in_features for linear in inputs) * (size + mask))
     elif is_autocast(candidate):
         after_norm = [linear for linear in inputs if linear.name not in _fed_by_activations(model)]
         kept = size * (sum(linear.in_features for linear in after_norm) + _product(model, inputs))
     else:
         kept = size * (model.hidden * _norms_read(model, inputs) + _product(model, inputs))
+        kept += size * _output_read(model, inputs) if candidate.attn_implementation == "eager" and candidate.lora else 0
     kept += size * model.hidden * model.experts_per_token if model.experts and candidate.method == "full" else 0
     return kept + _adapter_inner_bytes(candidate, inputs, size)
 
 
-def _mask_bytes(candidate: Candidate, *, cast: bool) -> int:
+def dropout_mask_bytes(candidate: Candidate) -> int:
     """Bytes per element of a dropout mask: booleans on a GPU, the input's own type (fp32 before a cast) on the CPU."""
     if candidate.device == "cuda":
         return 1
-    return 4 if cast else DTYPE_BYTES[candidate.precision]
+    return 4 if adapter_inputs_are_cast(candidate) else DTYPE_BYTES[candidate.precision]
+
+
+def _output_read(model: ModelShape, inputs: tuple[Linear, ...]) -> int:
+    """Width of attention's output where an adapter on its projection reads it."""
+    names = _fed_by_activations(model)
+    block = model.linears[0].block
+    return max((linear.in_features for linear in inputs if linear.name in names and linear.block == block), default=0)
 
 
 def _fed_by_activations(model: ModelShape) -> set[str]:
@@ -190,12 +221,40 @@ def _adapter_inner_bytes(candidate: Candidate, inputs: tuple[Linear, ...], size:
 def stored_bytes_per_token(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:
     """Bytes per token alive between forward and backward, all layers together."""
     if not candidate.gradient_checkpointing:
-        return model.layers * layer_activation_bytes_per_token(model, candidate) * stack.compiled
+        layers = model.layers * layer_activation_bytes_per_token(model, candidate)
+        return (layers - _first_layer_spares(model, candidate)) * stack.compiled
     per_layer: float = residual_bytes(candidate, stack) * model.hidden
     if stack.selective_checkpointing:
         per_layer += _every_second_product(model, candidate)
-    layers = min(2, model.layers) if stack.activations_offloaded else model.layers
-    return layers * per_layer
+    stored = min(2, model.layers) if stack.activations_offloaded else model.layers
+    return stored * per_layer + _row_mask_bytes(candidate)
+
+
+def _first_layer_spares(model: ModelShape, candidate: Candidate) -> float:
+    """What the first layer does not keep under adapters, because a frozen embedding's output needs no gradient.
+
+    That is its first norm's input and the dropout masks of the projections that read the norm. (Checkpointing makes the
+    embedding's output require gradients.)
+    """
+    if candidate.lora is None:
+        return 0.0
+    masks = 0.0
+    if candidate.lora.lora_dropout > 0:
+        masks = dropout_mask_bytes(candidate) * sum(linear.in_features for linear in _projections(model, candidate))
+    return masks + (_norm_bytes(model, candidate) if begins_with_norm(model) else 0.0)
+
+
+def begins_with_norm(model: ModelShape) -> bool:
+    """Whether attention reads a normed input (OLMo 2 norms outputs alone)."""
+    return model.norms_per_layer > (2 if model.ends_in_norm else 0)
+
+
+def _row_mask_bytes(candidate: Candidate) -> int:
+    """The mask itself, which recomputation needs again: booleans for SDPA, a bias for eager attention."""
+    if needs_mask(candidate):
+        return candidate.seq_len
+    eager = candidate.attn_implementation == "eager"
+    return candidate.seq_len * DTYPE_BYTES[candidate.precision] if eager else 0
 
 
 def _every_second_product(model: ModelShape, candidate: Candidate) -> float:
@@ -224,6 +283,7 @@ def logits_bytes_per_token(
     size = DTYPE_BYTES[candidate.precision]
     held, wide = stack.logits_backward if backward else stack.logits_forward
     # fp32 logits need no fp32 copy.
+    held += model.logits_softcap  # the tanh, which is kept for its gradient
     copies = held * size + 4 * (wide if size != 4 or backward else wide - 1)
     head_input = size * model.hidden if candidate.method == "full" else 0
     return copies * model.vocab + _norm_bytes(model, candidate) + head_input

@@ -16,11 +16,10 @@ from launcher.facts.gpu import gpu
 from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.activations import (
+    adapter_inputs_are_cast,
     is_autocast,
     kept_in_backward_bytes_per_token,
     layer_activation_bytes_per_token,
-    layer_transient_bytes_per_token,
-    layer_working_bytes_per_token,
     logits_bytes_per_token,
     stored_bytes_per_token,
 )
@@ -28,6 +27,7 @@ from launcher.planning.plan import DTYPE_BYTES, Candidate, Interval, MemoryEstim
 from launcher.planning.stack import OUR_STACK, StackProfile
 from launcher.planning.states import States, states, trained_element_bytes, weight_bytes
 from launcher.planning.trainable import expert_targets, trainable_params
+from launcher.planning.working import layer_working_bytes_per_token
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "runtime")
 _CPU_USABLE = 0.9
@@ -154,9 +154,10 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
     state = states(model, candidate, stack)
     tokens = candidate.micro_batch * (candidate.seq_len + (candidate.num_virtual_tokens or 0))
     stored = stored_bytes_per_token(model, candidate, stack) * tokens
-    one_layer = layer_activation_bytes_per_token(model, candidate) * tokens
-    transient = layer_transient_bytes_per_token(model, candidate) * tokens
     working = layer_working_bytes_per_token(model, candidate, stack) * tokens
+    first_layer = working
+    if stack.layer_temporaries is None and not candidate.gradient_checkpointing:
+        first_layer += layer_activation_bytes_per_token(model, candidate) * tokens
     left_behind = kept_in_backward_bytes_per_token(model, candidate, stack) * tokens
     between = {
         "weights": state.weights,
@@ -187,7 +188,7 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
         ),
         Moment(
             name="end of backward",
-            activations=(one_layer + transient if stack.layer_temporaries is None else working) + left_behind,
+            activations=first_layer + left_behind,
             gathered=_gathered(model, candidate, stack, "layer"),
             **{
                 **between,
@@ -230,6 +231,8 @@ def _gathered(model: ModelShape, candidate: Candidate, stack: StackProfile, when
         total += _zero3_live(model, candidate, stack, head=when != "layer")
     elif is_autocast(candidate, stack):
         total += size * _autocast_casts(model, candidate, when)
+    elif stack.adapter_bytes is None:
+        total += size * _adapter_casts(model, candidate, when)
     if when == "layer" and candidate.zero_stage == 0 and stack.trained_bytes is not None and candidate.method == "full":
         total += stack.trained_bytes * model.vocab * model.hidden  # the head's gradient is there first
     total += _merged_experts(model, candidate, stack, when)
@@ -279,10 +282,28 @@ def _block_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -
 
 
 def _autocast_casts(model: ModelShape, candidate: Candidate, when: str) -> int:
-    """Weights autocast has cast: all of them until forward ends, and as long as backward needs them."""
-    if when == "forward" or not candidate.gradient_checkpointing:
+    """Elements of weights autocast has cast: all of them until forward ends, and as long as backward needs them.
+
+    At a layer's backward the head's cast is gone. The MLP's last weight has its gradient where its cast was, twice as
+    wide (not so with experts, which are worked on one at a time).
+    """
+    down = 0 if model.experts or when != "layer" else model.hidden * model.intermediate
+    if when == "forward":
         return model.matmul_params
-    return model.vocab * model.hidden if when == "loss" else model.layer_params
+    head = model.vocab * model.hidden
+    if not candidate.gradient_checkpointing:
+        return model.matmul_params - (head if when == "layer" else 0) + down
+    return head if when == "loss" else model.layer_params + down
+
+
+def _adapter_casts(model: ModelShape, candidate: Candidate, when: str) -> float:
+    """Elements of fp32 adapters that autocast has cast to run on a 16-bit base; its cache lasts through forward."""
+    if not adapter_inputs_are_cast(candidate):
+        return 0.0
+    trained = trainable_params(model, candidate)
+    if when == "forward" or not candidate.gradient_checkpointing:
+        return trained
+    return trained / model.layers if when == "layer" else 0.0
 
 
 def _zero3_live(model: ModelShape, candidate: Candidate, stack: StackProfile, *, head: bool) -> float:

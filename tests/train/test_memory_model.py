@@ -221,11 +221,15 @@ def _logits_only():
 
 
 def test_one_layer_is_linear_in_tokens():
-    """The per-token figure does not depend on the sequence, except under eager attention."""
+    """The per-token figure does not depend on the sequence, except where scores or a mask of them are kept."""
     from tests.unit.planning.examples import a_recipe
 
     shape = model_shape(a_recipe().model)
-    short, long = (make_candidate(seq_len=length) for length in (1024, 8192))
+    short, long = (make_candidate(seq_len=length, packing=False) for length in (1024, 8192))
     assert layer_activation_bytes_per_token(shape, short) == layer_activation_bytes_per_token(shape, long)
+    one, other = (
+        layer_activation_bytes_per_token(shape, replace(each, packing=True, precision="bf16")) for each in (short, long)
+    )
+    assert other - one == 2 * (8192 - 1024)
     eager = replace(long, attn_implementation="eager")
     assert layer_activation_bytes_per_token(shape, eager) > 2 * layer_activation_bytes_per_token(shape, long)

@@ -48,17 +48,8 @@ METHODS = {
     "LoRA with dropout": {"method": "lora", "lora": replace(LORA, lora_dropout=0.1), "zero_stage": 0},
 }
 CLOSE = 0.03
-WIDER = {
-    # Frozen q and k norms keep their fp32 input alone; the closed form also counts the normalized values.
-    ("qwen3", "LoRA under DeepSpeed", False): 0.055,
-    ("qwen3", "LoRA in plain torch", False): 0.045,
-    ("qwen3", "LoRA with dropout", False): 0.04,
-    # Gemma multiplies by its norm's weight in fp32, so normalized values are kept in fp32 too.
-    ("gemma", "full under DeepSpeed", False): 0.04,
-    # One layer's backward sets this peak, and it needs more than the one MLP-wide tensor the closed form allows it.
-    ("mistral", "LoRA with dropout", True): 0.055,
-}
-"""Where trace and closed form are known to be further apart than `CLOSE`, and why."""
+CAPPED = "google/gemma-2-9b"
+"""Scores and logits pass a tanh, and norms follow attention and MLP."""
 
 
 def a_candidate(**fields):
@@ -94,23 +85,52 @@ def traced(config, candidate, layers=(2, 4)):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", SHAPES)
 def test_trace_and_closed_form_agree(family, method, checkpointing):
-    """Peak of forward and backward, and resident weights, are within 3 % of each other."""
+    """Every moment's bytes, and resident weights, are within 3 % of each other."""
     model = ModelSection(name_or_path=SHAPES[family])
     shape, candidate = model_shape(model), a_candidate(**METHODS[method], gradient_checkpointing=checkpointing)
     found = traced(caller.model_config(model), candidate)
-    *_, peak = caller.compare(shape, candidate, found)
-    assert abs(peak.error) < WIDER.get((family, method, checkpointing), CLOSE), peak
+    assert_close(caller.compare(shape, candidate, found), method=method)
     assert abs(caller.compare_weights(shape, candidate, found).error) < 0.001
 
 
+def assert_close(compared, *, method):
+    """All moments within `CLOSE`; under autocast one is larger than traced, because its gradient is no weight's.
+
+    There the closed form counts the fp32 gradient of the MLP's last weight at its layer's backward; the trace leaves
+    gradients out.
+    """
+    for each in compared:
+        wide = method == "full in plain torch" and each.moment == "backward of the last layer"
+        assert -CLOSE < each.error < (0.15 if wide else CLOSE), each
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_capped_scores_and_logits_agree(method, checkpointing):
+    """Gemma 2 with eager attention keeps a tanh of its scores and of its logits; its last norms are in fp32."""
+    model = ModelSection(name_or_path=CAPPED)
+    candidate = a_candidate(**METHODS[method], attn_implementation="eager", gradient_checkpointing=checkpointing)
+    found = traced(caller.model_config(model), candidate)
+    assert_close(caller.compare(model_shape(model), candidate, found), method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eager_attention_agrees(method):
+    """Without a cap one score-sized tensor less is kept; with one layer at work scores stand three times in fp32."""
+    model = ModelSection(name_or_path=LLAMA)
+    candidate = a_candidate(**METHODS[method], attn_implementation="eager", gradient_checkpointing=True)
+    found = traced(caller.model_config(model), candidate)
+    assert_close(caller.compare(model_shape(model), candidate, found), method=method)
+
+
 @pytest.mark.parametrize("seq_len", [2048, 4096])
-def test_packed_rows_agree_at_both_lengths(seq_len):
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_rows_agree_at_both_lengths(method, seq_len):
     """Masks and repeated key heads of packed rows under SDPA; the mask's bias grows with the square of the length."""
     model = ModelSection(name_or_path=LLAMA)
-    candidate = a_candidate(**METHODS["full under DeepSpeed"], packing=True, seq_len=seq_len)
-    *_, peak = caller.compare(model_shape(model), candidate, traced(caller.model_config(model), candidate))
-    bias = 2 * seq_len**2 * 32 / peak.traced_bytes
-    assert -CLOSE - bias < peak.error < CLOSE, peak
+    candidate = a_candidate(**METHODS[method], packing=True, seq_len=seq_len)
+    found = traced(caller.model_config(model), candidate)
+    assert_close(caller.compare(model_shape(model), candidate, found), method=method)
 
 
 def test_every_moment_is_linear_in_the_layers():
