@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,9 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
+    "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
 }
 """Verbs of launcher/verbs, loaded when typed: name -> (module, first line of the help)."""
 
@@ -121,7 +124,7 @@ def plan(
     ask_queue: bool | None,
 ) -> None:
     """Say what will run, whether it fits, how long it takes, what it costs and why."""
-    from launcher.errors import DoesNotFitError
+    from launcher.errors import DoesNotFitError, UnknownArchitectureError
     from launcher.planning.prepare import plan_recipe
     from launcher.recipe.shipped import find_recipe
 
@@ -132,6 +135,11 @@ def plan(
         decided = planned.plan
     except DoesNotFitError as error:
         refused, decided = error, error.plan
+    except UnknownArchitectureError:
+        if not trace:
+            raise
+        _plan_by_trace(find_recipe(recipe), read_overrides(overrides), as_json=as_json, closed_form=explain or html)
+        return
     inspection = None
     if explain or trace or html:
         from launcher.report.inspection import Inspection
@@ -143,6 +151,28 @@ def plan(
         click.echo(f"wrote {html}", err=True)
     if refused is not None:
         raise refused
+
+
+def _plan_by_trace(recipe: Path, overrides: Sequence[str], *, as_json: bool, closed_form: object) -> None:
+    """What can be said of a model that no closed form knows.
+
+    Raises:
+        DoesNotFitError: the layout does not fit.
+    """
+    from launcher.errors import DoesNotFitError
+    from launcher.planning.traced import trace_recipe_file
+    from launcher.report.traced import print_traced, traced_to_json
+
+    traced, notices = trace_recipe_file(recipe, overrides)
+    show_notices(notices)
+    if closed_form:
+        click.echo("note: --explain and --html show the closed form, which this architecture does not have", err=True)
+    if as_json:
+        print_json(traced_to_json(traced))
+    else:
+        print_traced(traced)
+    if not traced.fits:
+        raise DoesNotFitError(f"as traced, {traced.candidate.method} fine-tuning {traced.rejected_because}")
 
 
 def _show_plan(
@@ -251,31 +281,17 @@ def submit(
         click.echo(submission.print_sbatch(made.request), nl=False)
         click.echo(f"Next: save the script and `sbatch` it; then launcher status {run.run_id}", err=True)
         return
-    job_id = submission.submit(made.request)
+    job_id = submission.submit(made.request, say=lambda sentence: click.echo(sentence, err=True))
     if as_json:
         print_json({"run": run.run_id, "path": str(run.path), "job_id": job_id})
     else:
         click.echo(f"submitted run {run.run_id} as job {job_id}: {run.path}")
     if planned.site.executor == "local" and not detach:
-        _watch(run)
+        from launcher.verbs.watching import watch
+
+        watch(run)
         return
     click.echo(f"Next: launcher status {run.run_id} · launcher logs -f {run.run_id}", err=True)
-
-
-def _watch(run: RunFolder) -> None:
-    """Show a local run until it ends; Ctrl-C cancels it."""
-    from launcher.runs import status as runs
-
-    try:
-        for line in runs.follow_logs(run, rank=0, follow=True):
-            click.echo(line, err=True)
-        ended = runs.wait(run)
-    except KeyboardInterrupt:
-        runs.cancel(run)
-        click.echo(f"cancelled {run.run_id}", err=True)
-        raise
-    click.echo(ended.sentence, err=True)
-    click.echo(f"Next: launcher status {run.run_id}", err=True)
 
 
 @main.command()

@@ -11,7 +11,7 @@ from launcher.recipe.scalars import format_minutes, read_any
 from launcher.recipe.schema import Recipe, ValidationSpec
 
 
-class _Dumper(yaml.SafeDumper):
+class RecipeDumper(yaml.SafeDumper):
     """SafeDumper without anchors that quotes every string another reading could take for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
@@ -24,7 +24,7 @@ def _represent_string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if ambiguous else None)
 
 
-_Dumper.add_representer(str, _represent_string)
+RecipeDumper.add_representer(str, _represent_string)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -33,7 +33,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     minutes = recipe.slurm.time
     if isinstance(minutes, int):
         doc["slurm"]["time"] = format_minutes(minutes)
-    return yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
+    return yaml.dump(doc, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
 
 
 def _plain(value: Any) -> Any:
