@@ -33,7 +33,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     minutes = recipe.slurm.time
     if isinstance(minutes, int):
         doc["slurm"]["time"] = format_minutes(minutes)
-    return yaml.dump(doc, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
+    style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": False, "width": 10_000}
+    return yaml.dump(doc, Dumper=RecipeDumper, **style)
 
 
 def _plain(value: Any) -> Any:
