@@ -32,8 +32,8 @@ def table(rows: list[Row], command: str) -> str:
     head = [
         f"# Injected faults on {machine()}, {today}",
         "",
-        f"Written by `{command}`. {held} of {len(rows)} held. A fault holds when everything its test asserts does: most",
-        "often that loss, learning rate and rows of every step equal the uninterrupted run's bit for bit, that no",
+        f"Written by `{command}`. {held} of {len(rows)} held. A fault holds when everything its test asserts does:",
+        "most often that loss, learning rate and rows of every step equal the uninterrupted run's bit for bit, that no",
         "interruption cost more than the interval between checkpoints, that there is one artifact with the recorded",
         "bytes, and that no process is left. *Lost* are steps trained twice; *resumed* is the time from the last step",
         "before the fault to the first after it, imports included, on a machine that may have been busy.",
