@@ -33,8 +33,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     minutes = recipe.slurm.time
     if isinstance(minutes, int):
         doc["slurm"]["time"] = format_minutes(minutes)
-    style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": False, "width": 10_000}
-    return yaml.dump(doc, Dumper=RecipeDumper, **style)
+    dumper = RecipeDumper
+    return yaml.dump(doc, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
 
 
 def _plain(value: Any) -> Any:
