@@ -107,12 +107,13 @@ class Pulse:
         Raises:
             ValueError: there is no such phase.
         """
+        if phase is not None and phase not in PHASES:
+            raise ValueError(f"no phase {phase!r}; there are {', '.join(PHASES)}")
+        entered = phase is not None and phase != self._phase
+        self._position = 0 if step not in (None, self._step) else self._position + entered
+        self._phase, self._step = phase or self._phase, self._step if step is None else step
         if self._page is None or self._words is None:
             return
-        if step is not None and step != self._step:
-            self._step, self._position = step, 0
-        if phase is not None and phase != self._phase:
-            self._phase, self._position = phase, self._position + 1
         beats = self._beats + 1
         where = _SLOT_OFFSETS[beats % 2]
         told = (beats, self._step, PHASES.index(self._phase), self._position, time.monotonic())

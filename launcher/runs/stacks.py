@@ -22,6 +22,7 @@ STACK_SIGNAL = signal.SIGRTMIN + 9
 """A real-time signal: no library of the training stack uses these, and NCCL has SIGUSR1."""
 _LIMIT_BYTES = 256 * 1024
 _POLL_S = 0.05
+_FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 _WAITING = re.compile(
     r"/torch/distributed/|/deepspeed/comm/|_engine_run_backward|in (all_reduce|all_gather|barrier|after_rank_zero)\b"
 )
@@ -86,8 +87,9 @@ def main_thread(stacks: str) -> list[str]:
 
 
 def innermost(stacks: str) -> str:
-    """Where the main thread is; empty when nothing is known."""
-    return next(iter(main_thread(stacks)), "")
+    """Where the main thread is, as path:line in function; empty when nothing is known."""
+    frame = _FRAME.match(next(iter(main_thread(stacks)), ""))
+    return f"{'/'.join(frame[1].split('/')[-3:])}:{frame[2]} in {frame[3]}" if frame else ""
 
 
 def waits_for_others(stacks: str) -> bool | None:

@@ -40,8 +40,6 @@ _HANDLED = (*STOP_SIGNALS, signal.SIGINT, signal.SIGCHLD)
 _FROM_TERMINAL = 0x80
 """si_code SI_KERNEL: Ctrl-C, which the kernel sends to the rank too."""
 _TICK_S = 1.0
-_LOOK_S = 0.5
-"""How long the CPU time of a silent rank is watched."""
 _STACKS_S = 1.0
 _FILES_S = 3.0
 """A shared file system that does not answer must not keep a hung rank alive."""
@@ -95,6 +93,8 @@ class Supervisor:
         """The first stop signal and when it came (CLOCK_MONOTONIC)."""
         self._not_ours = set(process.descendants(os.getpid()))
         self._ending: Ending | None = None
+        self._cpu_s = 0.0
+        """CPU time of the rank when it was last heard."""
         self._deaf = False
         """The shared file system did not answer a question about other ranks; it is not asked again."""
 
@@ -138,7 +138,8 @@ class Supervisor:
         twice, and heeds the first.
         """
         got = signal.sigtimedwait(_HANDLED, _TICK_S)
-        if got is None or got.si_signo == signal.SIGCHLD:
+        # After a SIGCONT past the time-out, Python hands back a structure that nobody has filled in.
+        if got is None or got.si_signo not in (*STOP_SIGNALS, signal.SIGINT):
             return
         if got.si_signo in STOP_SIGNALS and self._told is None:
             self._told = signal.Signals(got.si_signo).name, time.monotonic()
@@ -205,6 +206,8 @@ class Supervisor:
         activity = process.activity(self._child.pid)
         stopped = activity is not None and activity.stopped
         limit_s = self._watch.look(reading, time.monotonic(), stopped=stopped, told_to_stop=self._told is not None)
+        if activity is not None and self._watch.silent_s == 0.0:
+            self._cpu_s = activity.cpu_s
         if limit_s is None and self._watch.suspicious and reading.phase not in ORDERLY and not self._deaf:
             answers: list[bool] = []
             self._deaf = not _bounded(lambda: answers.append(autopsy.alarm(self._run, self._attempt)), _FILES_S)
@@ -228,13 +231,10 @@ class Supervisor:
 
     def _look(self, reading: PulseReading) -> tuple[autopsy.HangReport, str]:
         """What the silent rank's process does; its stacks, unless it is stopped and cannot answer."""
-        before = process.activity(self._child.pid)
-        time.sleep(_LOOK_S)
-        after = process.activity(self._child.pid)
-        state = after.state if after else ""
-        share = (after.cpu_s - before.cpu_s) / _LOOK_S if after and before else 0.0
+        now = process.activity(self._child.pid)
+        share = (now.cpu_s - self._cpu_s) / max(reading.age_s, 1e-3) if now else 0.0
         stack = ""
-        if reading.beats and after and not after.stopped:
+        if reading.beats and now and not now.stopped:
             stack = self._stacks.ask(self._child.pid, patience_s=_STACKS_S)
         report = autopsy.HangReport(
             rank=self._rank,
@@ -243,7 +243,7 @@ class Supervisor:
             step=reading.step,
             position=reading.position,
             silent_s=self._watch.silent_s,
-            state=state,
+            state=now.state if now else "",
             cpu_share=round(share, 2),
             at=stacks.innermost(stack),
             waits_for_others=stacks.waits_for_others(stack),
@@ -348,6 +348,8 @@ def _cause(ending: Ending) -> tuple[str, str]:
             name = signal.Signals(ending.signal).name
             return name, f"was ended by {name}"
         return f"signal {ending.signal}", f"was ended by signal {ending.signal}"
+    if ending.code == 130:
+        return "Interrupted", "was interrupted (Ctrl-C)"
     if ending.code == 0:
         return "Vanished", "exited with 0 before its work was done"
     return "Exited", f"exited with {ending.code} without saying why"

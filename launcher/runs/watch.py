@@ -25,7 +25,7 @@ ranks from a slow one an hour, and `finishing` covers the four hours that ranks 
 _TOLD_TO_STOP = (30.0, 3.0)
 """After a stop signal the scheduler's patience is short: seconds, and longest silences seen, of which the longer
 counts (never more than the hang limit)."""
-_LONGEST_NAP_S = 5.0
+_LONGEST_NAP_S = 2.0
 """Between two looks no more than this counts as watched."""
 
 
