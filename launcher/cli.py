@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from launcher.planning.objective import Objective
     from launcher.planning.plan import Plan
     from launcher.report.inspection import Inspection
-    from launcher.runs.folder import RunFolder
 
 _SBATCH_FLAGS = {
     "partition": "slurm.partition",
@@ -53,6 +52,7 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
     "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
