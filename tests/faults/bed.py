@@ -49,7 +49,9 @@ class FaultBed(Bed):
         layers = [
             {
                 "train": {"max_steps": STEPS, "eval_steps": 1000},
-                "checkpoint": {"save_steps": SAVE_STEPS},
+                # A step takes a tenth of a second here: a save in the background would last many of them, and what
+                # it costs to lose one could not be held against the interval. Tests of their own turn it on.
+                "checkpoint": {"save_steps": SAVE_STEPS, "background": False},
                 "slurm": self.ranks or {},
             },
             RECIPES[kind],

@@ -32,6 +32,15 @@ DEATHS = [
         cause="rank_exited",
     ),
     Ordeal(name="f14_segfault", fault="segmentation fault of rank 1", clause="at=step,rank=1,do=segv", cause="crashed"),
+    Ordeal(
+        name="f31_killed_in_a_save",
+        fault="every rank killed before a checkpoint got its name",
+        clause="at=before_rename,do=killall",
+        cause="rank_killed",
+        in_save=True,
+    ),
+]
+MORE = [
     Ordeal(name="f14_abort", fault="abort() in rank 0", clause="at=step,rank=0,do=abort", cause="crashed"),
     Ordeal(
         name="f07_kill_all_ranks",
@@ -39,12 +48,24 @@ DEATHS = [
         clause="at=step,rank=0,do=killall",
         cause="rank_killed",
     ),
+    Ordeal(
+        name="f09_rank_0_exits_0",
+        fault="rank 0 exits with code 0 in the middle",
+        clause="at=step,rank=0,do=exit0",
+        cause="rank_exited",
+    ),
+    Ordeal(
+        name="f14_segfault_of_rank_0",
+        fault="segmentation fault of rank 0",
+        clause="at=step,rank=0,do=segv",
+        cause="crashed",
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def killed(local_bed: LocalBed) -> RunFolder:
-    """A run that dies six times."""
+    """A run that dies five times."""
     run = run_gauntlet(local_bed, "lora-deaths", DEATHS)
     local_bed.finished(run)
     return run
@@ -56,6 +77,21 @@ def test_death(index: int, ordeal: Ordeal, killed: RunFolder, local_reference: R
     """A rank that dies takes its peers along at once, and the run goes on from the newest checkpoint."""
     row.where = "local"
     check(killed, index, ordeal, local_reference("lora"), row)
+
+
+@pytest.fixture(scope="module")
+def killed_more(local_bed: LocalBed) -> RunFolder:
+    """A run of a full model in shards that dies in further ways."""
+    run = run_gauntlet(local_bed, "full-deaths", MORE)
+    local_bed.finished(run)
+    return run
+
+
+@pytest.mark.parametrize(("index", "ordeal"), as_parameters(MORE))
+def test_more_deaths(index: int, ordeal: Ordeal, killed_more: RunFolder, local_reference: Reference, row: Row) -> None:
+    """The same under ZeRO-2."""
+    row.where = "local"
+    check(killed_more, index, ordeal, local_reference("full"), row)
 
 
 @pytest.mark.parametrize("action", [pytest.param("raise", id="f10_exception_on_rank_1")])

@@ -30,7 +30,7 @@ IN_SAVES = [
 @pytest.fixture(scope="module")
 def interrupted(local_bed: LocalBed) -> RunFolder:
     """A sharded run that is killed in four of its saves."""
-    run = run_gauntlet(local_bed, "full-saves", IN_SAVES, checkpoint={"background": False})
+    run = run_gauntlet(local_bed, "full-saves", IN_SAVES)
     local_bed.finished(run)
     return run
 
@@ -74,7 +74,6 @@ BEHIND = [
 ]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("index", "ordeal"), as_parameters(BEHIND))
 def test_killed_in_a_background_save(
     index: int, ordeal: Ordeal, interrupted_in_background: RunFolder, local_reference: Reference, row: Row

@@ -71,7 +71,7 @@ def test_preemption_during_a_slow_save(
     """A save that the grace does not allow to finish is as if it had never begun."""
     row.fault = "preempted while saves take 30 s, longer than the grace"
     slow_save = f"at=before_manifest,do=sleep:30,attempt=1,always;{SLOW}"
-    run = slurm_bed.inject("lora-hurried", slow_save, slurm=VICTIM, checkpoint={"background": False})
+    run = slurm_bed.inject("lora-hurried", slow_save, slurm=VICTIM)
     slurm_bed.after_step(run, SAVE_STEPS + 2)
     push_aside(slurm_bed, urgent)
     states = ("PREEMPTED|REQUEUED", "COMPLETED")
@@ -181,7 +181,6 @@ def test_cancel_twice(_case: None, slurm_bed: FaultBed, row: Row) -> None:
     assert slurm_bed.accounting(run) == ["CANCELLED"]
 
 
-@pytest.mark.fast
 @case("f27_requeued_by_hand")
 def test_requeue(_case: None, slurm_bed: FaultBed, slurm_reference: Reference, row: Row) -> None:
     """An operator's requeue is no failure: the job goes on, and both attempts are in the same logs (row 51)."""
