@@ -26,6 +26,8 @@ class Planned:
     data: DatasetFacts
     site: Site
     plan: Plan
+    path: Path | None = None
+    """The recipe's file."""
 
     @property
     def recipe(self) -> Recipe:
@@ -56,4 +58,4 @@ def plan_recipe(
     site = site_facts(recipe.slurm.site)
     queue = queue_of(recipe, site, wanted=ask_queue)
     plan = make_plan(recipe, model, data, site, objective=objective, queue=queue)
-    return Planned(loaded=loaded, model=model, data=data, site=site, plan=plan)
+    return Planned(loaded=loaded, model=model, data=data, site=site, plan=plan, path=path)

@@ -38,7 +38,7 @@ def _checked(planned: Planned) -> tuple[Recipe, Path, tuple[str, ...]]:
 def create(planned: Planned) -> Launched:
     """Check, then make the run folder; nothing is submitted."""
     recipe, parent, notices = _checked(planned)
-    run = create_run(planned.loaded.text, recipe, planned.plan, planned.site, parent)
+    run = create_run(planned.loaded.text, recipe, planned.plan, planned.site, parent, origin=planned.path)
     return Launched(run=run, request=job_request(planned.plan, recipe, run, planned.site), notices=notices)
 
 

@@ -106,9 +106,9 @@ def _runs_in(folder: Path) -> list[RunFolder]:
 # ---------------------------------------------------------------- state
 
 
-def run_status(run: RunFolder) -> RunStatus:
-    """The state of one run now; Slurm being down is a state, not an error."""
-    return _statuses([run])[0]
+def run_status(run: RunFolder, *, locked: bool = False) -> RunStatus:
+    """The state of one run now; Slurm being down is a state, not an error. `locked`: the caller holds its lock."""
+    return _statuses([run], locked=locked)[0]
 
 
 def list_runs(parent: Path | None = None) -> list[RunStatus]:
@@ -120,25 +120,25 @@ def _submitted_s(run: RunFolder) -> float:
     return run.recipe.stat().st_mtime
 
 
-def _statuses(runs: list[RunFolder]) -> list[RunStatus]:
+def _statuses(runs: list[RunFolder], *, locked: bool = False) -> list[RunStatus]:
     evidence = [read_evidence(run) for run in runs]
     jobs: Mapping[str, SlurmJob] = {}
     unreachable: str | None = None
     try:
-        evidence = _with_lost_jobs(evidence)
+        evidence = _with_lost_jobs(evidence, locked=locked)
         jobs = find_jobs(one.job_id for one in evidence if one.cluster == "slurm" and one.result is None and one.job_id)
     except LauncherError as error:
         unreachable = error.problems[0]
     return [_status(one, judge(one, jobs.get(one.job_id or ""), unreachable=unreachable)) for one in evidence]
 
 
-def _with_lost_jobs(evidence: list[Evidence]) -> list[Evidence]:
+def _with_lost_jobs(evidence: list[Evidence], *, locked: bool) -> list[Evidence]:
     """The evidence, with jobs whose submission was never answered taken over; asks Slurm only where there is one.
 
     Raises:
         TemporaryError: Slurm does not answer.
     """
-    orphaned = [one for one in evidence if one.result is None and one.unanswered and holder(one.run) is None]
+    orphaned = [one for one in evidence if one.result is None and one.unanswered and (locked or not holder(one.run))]
     if not orphaned:
         return evidence
     remote = {one.run.run_id: one.events for one in orphaned if one.cluster == "slurm"}
@@ -147,7 +147,8 @@ def _with_lost_jobs(evidence: list[Evidence]) -> list[Evidence]:
         if one.cluster == "local" and (process := controller_of(one.run)) is not None:
             found[one.run.run_id] = str(process.pid)
         if one.run.run_id in found:
-            with contextlib.suppress(ConflictError, OSError, ClusterError), hold(one.run, "status"):
+            lock = contextlib.nullcontext() if locked else hold(one.run, "status")
+            with contextlib.suppress(ConflictError, OSError, ClusterError), lock:
                 adopt(one.run, found[one.run.run_id], cluster=one.cluster)
     return [read_evidence(one.run) if one.run.run_id in found else one for one in evidence]
 

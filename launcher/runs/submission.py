@@ -23,6 +23,7 @@ from launcher.planning.plan import Plan, plan_to_json
 from launcher.recipe.load import recipe_to_yaml
 from launcher.recipe.schema import Recipe
 from launcher.runs.adoption import ledger
+from launcher.runs.drift import input_facts
 from launcher.runs.environment import environment_facts
 from launcher.runs.folder import RunFolder, write_atomic, write_json
 from launcher.runs.lock import hold
@@ -35,8 +36,13 @@ from launcher.runs.slurm import cancel_job
 __all__ = ["JobRequest", "create_run", "describe", "job_request", "print_sbatch", "submit", "submit_held"]
 
 
-def create_run(recipe_text: str, recipe: Recipe, plan: Plan, site: Site, parent: Path) -> RunFolder:
+def create_run(
+    recipe_text: str, recipe: Recipe, plan: Plan, site: Site, parent: Path, *, origin: Path | None = None
+) -> RunFolder:
     """Make the run folder and write what was asked, decided and found; `recipe` is the resolved one.
+
+    `origin` is the file the recipe was read from; it and the files of data and model are remembered by size and time,
+    so that a resume can tell what changed.
 
     Raises:
         ClusterError: the folder cannot be made or written.
@@ -49,7 +55,8 @@ def create_run(recipe_text: str, recipe: Recipe, plan: Plan, site: Site, parent:
         candidate = plan.chosen.candidate
         if candidate.zero_stage > 0:
             write_json(run.ds_config, deepspeed_config(candidate, recipe.deepspeed.overrides))
-        write_json(run.environment, environment_facts(_python(site)))
+        around = {"recipe_file": None if origin is None else str(origin.resolve()), "inputs": input_facts(recipe)}
+        write_json(run.environment, environment_facts(python_of(site)) | around)
     except OSError as error:
         raise ClusterError(f"output_dir: cannot write the run folder in {parent}: {error}") from error
     return run
@@ -91,7 +98,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         env=_environment(plan, site),
         setup=(*(f"module load {module} || exit 1" for module in site.modules), *site.setup),
         container=site.container,
-        python=_python(site),
+        python=python_of(site),
         srun_args=site.srun_args,
         chdir=str(Path.cwd()),
     )
@@ -125,7 +132,7 @@ def _environment(plan: Plan, site: Site) -> dict[str, str]:
     return env
 
 
-def _python(site: Site) -> str:
+def python_of(site: Site) -> str:
     """The jobs' interpreter: the site's virtual environment, the container's, or the one that runs now."""
     if site.venv:
         return str(Path(site.venv).expanduser() / "bin" / "python")
@@ -186,7 +193,7 @@ def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
         raise
     except (LauncherError, OSError) as error:
         why = error.problems[0] if isinstance(error, LauncherError) else str(error)
-        _nothing_was_sent(run, token, why, before)
+        _nothing_was_sent(run, token, why, before, discard=purpose == "submit")
         if isinstance(error, OSError):
             raise ClusterError(f"cannot write the run folder {run.path}: {error}") from error
         raise
@@ -200,7 +207,7 @@ def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
     return job_id
 
 
-def _nothing_was_sent(run: RunFolder, token: str, why: str, before: Mapping[str, Any] | None) -> None:
+def _nothing_was_sent(run: RunFolder, token: str, why: str, before: Mapping[str, Any] | None, *, discard: bool) -> None:
     """No job exists: close the ledger's open line, or remove a folder in which nothing ever ran."""
     with contextlib.suppress(OSError):
         run.record("not_submitted", token=token, why=why)
@@ -208,7 +215,8 @@ def _nothing_was_sent(run: RunFolder, token: str, why: str, before: Mapping[str,
             run.job.unlink(missing_ok=True)
         else:
             write_json(run.job, before)
-    _discard(run)
+    if discard:
+        _discard(run)
 
 
 def _job_document(run: RunFolder) -> Mapping[str, Any] | None:
