@@ -11,9 +11,9 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 """No 0/o, 1/l/i: run names are read aloud and typed."""
@@ -64,11 +64,23 @@ def new_run_id() -> str:
     return "".join(secrets.choice(_ALPHABET) for _ in range(5))
 
 
+class Guard(Protocol):
+    """Says whether this process may still write; see runs/fence.py."""
+
+    def check(self) -> None:
+        """Raise where a newer attempt has begun."""
+
+    def glance(self) -> None:
+        """The same, not at every call."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """Names of everything inside `runs/<name>-<id>/`."""
 
     path: Path
+    guard: Guard | None = field(default=None, compare=False, repr=False)
+    """Asked before a worker writes ledger, heartbeat, metrics or result; None for everybody else."""
 
     @classmethod
     def create(cls, parent: Path, name: str) -> RunFolder:
@@ -167,6 +179,11 @@ class RunFolder:
         return self.path / "fences"
 
     @property
+    def decisions(self) -> Path:
+        """Holds <attempt>.json: what was decided after an attempt, by whoever came first."""
+        return self.path / "decisions"
+
+    @property
     def faults(self) -> Path:
         """Marks of injected faults that were done (tests and rehearsals only)."""
         return self.path / "faults"
@@ -205,9 +222,21 @@ class RunFolder:
 
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the attempts ledger."""
+        self.check()
         entry = {"event": event, "time_s": time.time(), "host": socket.gethostname(), **facts}
         append_json_line(self.attempts, entry)
 
     def beat(self, **facts: Any) -> None:
         """Rewrite the heartbeat."""
+        self.glance()
         write_json(self.heartbeat, {"time_s": time.time(), "host": socket.gethostname(), **facts})
+
+    def check(self) -> None:
+        """Before a write that matters: are we still the newest attempt?"""
+        if self.guard is not None:
+            self.guard.check()
+
+    def glance(self) -> None:
+        """`check`, for writes that come often."""
+        if self.guard is not None:
+            self.guard.glance()

@@ -7,10 +7,11 @@ single quotes, so quoting alone cannot make a value safe: what could end a line 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from launcher.errors import ConflictError
 from launcher.facts.site import Container
 from launcher.recipe.slurm_extra import check_extra
 
@@ -128,3 +129,21 @@ class JobRequest:
 def request_to_json(request: JobRequest) -> dict[str, Any]:
     """The request as plain values, for job.json and --dry-run."""
     return asdict(request)
+
+
+def request_from_json(document: Mapping[str, Any]) -> JobRequest:
+    """Read back what `request_to_json` wrote.
+
+    Raises:
+        ConflictError: a field is missing or unknown, so another version of the launcher wrote it.
+    """
+    values = dict(document)
+    try:
+        values["container"] = Container(**{**values["container"], "mounts": tuple(values["container"]["mounts"])})
+        for name in ("setup", "srun_args"):
+            values[name] = tuple(values[name])
+        return JobRequest(**values)
+    except (TypeError, KeyError) as error:
+        raise ConflictError(
+            f"job.json was written by another version of the launcher ({error}); resume by hand"
+        ) from error

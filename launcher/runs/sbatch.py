@@ -1,14 +1,17 @@
 """sbatch: JobRequest -> script text, through submitit and without it.
 
-Both scripts carry the same `#SBATCH` lines, the same set-up and the same srun; only the last words differ (submitit's
-entry, or the worker's). Nothing follows srun except its exit status: a command after it would hide a failure.
+Both scripts carry the same `#SBATCH` lines, the same set-up, the same srun and the same lines around it; only what srun
+starts differs (submitit's entry, or the supervisor). What follows srun is the aftermath, which is given srun's exit
+status and whose own status is the job's: any other command there would hide a failure.
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 from typing import Any
 
+from launcher.runs.remains import MARKER
 from launcher.runs.request import JobRequest
 
 Directives = dict[str, str | int | bool]
@@ -94,10 +97,36 @@ def submitit_parameters(request: JobRequest) -> dict[str, Any]:
         "signal_delay_s": request.signal_lead_s,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": [*setup_lines(request), _own_pickle(request)],
+        "setup": [*setup_lines(request), _own_pickle(request), *lines_before(request)],
+        "teardown": lines_after(request),
         "srun_args": ["--output", request.log, *srun_arguments(request)],
         "additional_parameters": directives(request),
     }
+
+
+def lines_before(request: JobRequest) -> list[str]:
+    """Shell lines between the set-up and srun; nothing of the recipe is in them but the path of the run folder.
+
+    The traps keep a signal that is meant for the ranks from ending this script before its last words; bash runs them
+    when srun has ended. The mark tells one start of the job from another in the log that they share.
+    """
+    return [
+        "trap : TERM USR2",
+        f'echo "{MARKER} ${{SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}"',
+        f"{_aftermath(request)} before",
+        "case $? in 92) exit 0 ;; 93) exit 93 ;; esac",
+    ]
+
+
+def lines_after(request: JobRequest) -> list[str]:
+    """Shell lines after srun: the last words, and the exit status of the job."""
+    return ["rc=$?", f"{_aftermath(request)} $rc", "exit $?"]
+
+
+def _aftermath(request: JobRequest) -> str:
+    """On the node itself, not in a container: Slurm's commands are often missing there."""
+    python = request.python if request.container.runtime == "none" else sys.executable
+    return shlex.join([python, "-u", "-m", "launcher.runs.aftermath", request.run_dir])
 
 
 def _own_pickle(request: JobRequest) -> str:
@@ -126,11 +155,13 @@ def submitit_script(request: JobRequest) -> str:
 
 def plain_script(request: JobRequest) -> str:
     """A script that `sbatch` accepts by hand and that trains the same way, without submitit."""
-    task = [*python_words(request), "-u", "-m", "launcher.worker.main", request.run_dir]
+    task = [*python_words(request), "-u", "-m", "launcher.runs.supervisor", request.run_dir]
     srun = ["srun", "--unbuffered", f"--output={request.log}", *srun_arguments(request), *task]
     lines = ["#!/bin/bash", *(_directive(key, value) for key, value in sorted(directives(request).items()))]
     lines += ["", "# The site's set-up", *setup_lines(request)]
-    lines += ["", "# One task per rank; its exit status is the job's", shlex.join(srun), "rc=$?", "exit $rc"]
+    lines += lines_before(request)
+    lines += ["", "# One task per rank", shlex.join(srun), "", "# What follows the run, and the job's exit status"]
+    lines += lines_after(request)
     return "\n".join(lines) + "\n"
 
 

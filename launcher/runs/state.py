@@ -251,7 +251,7 @@ def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: s
     else:
         failure = evidence.first_failure or reason_words(word, reason, evidence.job_id)
         why = f"{state_words(word, evidence.job_id)}{f': {failure}' if failure else ''}"
-    saved = _newest_checkpoint(evidence.run)
+    saved = newest_checkpoint(evidence.run)
     return State(
         word=word,
         sentence=f"{why}; {f'a checkpoint of step {saved} is there' if saved else 'no checkpoint was written'}",
@@ -285,7 +285,7 @@ def _last_line(path: Path) -> str | None:
     return said[-1][:400] if said else None
 
 
-def _newest_checkpoint(run: RunFolder) -> int | None:
+def newest_checkpoint(run: RunFolder) -> int | None:
     """Step of the newest complete-looking checkpoint folder; whether it is sound only loading tells."""
     if not run.checkpoints.is_dir():
         return None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.facts.site import Container
-from launcher.runs.sbatch import plain_script, submitit_script
+from launcher.runs.request import JobRequest
+from launcher.runs.sbatch import lines_after, lines_before, plain_script, submitit_script
 from tests.unit.runs.material import make_request
 
 HOSTILE = st.text(alphabet=st.sampled_from("\\'\"`$();&|<>#%\n\r\t\0\x0b\x0c\x85\u2028\u2029 aZ0-=,"), max_size=12)
@@ -61,19 +67,62 @@ def test_both_scripts_ask_for_the_same_job() -> None:
     assert sorted(sbatch_lines(plain_script(request))) == sorted(sbatch_lines(submitit_script(request)))
 
 
-def test_nothing_hides_the_exit_status() -> None:
-    """After srun only its own status is passed on; a further command would turn failure into success."""
-    lines = plain_script(make_request()).splitlines()
+@pytest.mark.parametrize("render", [plain_script, submitit_script])
+def test_the_last_words_get_sruns_status_and_give_the_jobs(render: Callable[[JobRequest], str]) -> None:
+    """After srun comes the aftermath, with srun's own status, and nothing that could turn failure into success."""
+    lines = [line for line in render(make_request()).splitlines() if line and not line.startswith("#")]
     at = next(n for n, line in enumerate(lines) if line.startswith("srun "))
-    assert lines[at + 1 :] == ["rc=$?", "exit $rc"]
-    submitted = [line for line in submitit_script(make_request()).splitlines() if line]
-    assert submitted[-1].startswith("srun ")
+    assert lines[at + 1 :] == [
+        "rc=$?",
+        "/usr/bin/python3 -u -m launcher.runs.aftermath /shared/runs/tiny-abcde $rc",
+        "exit $?",
+    ]
 
 
-def test_the_plain_script_runs_the_worker() -> None:
+@pytest.mark.parametrize("render", [plain_script, submitit_script])
+def test_a_signal_does_not_end_the_script_before_its_last_words(
+    render: Callable[[JobRequest], str], tmp_path: Path
+) -> None:
+    """The lines around srun, run by bash with fake programs, while the script itself gets USR2 and TERM."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/said\n[ "${{!#}}" = before ] && exit 0; exit "${{!#}}"\n')
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/bash\ntouch {tmp_path}/runs; for i in $(seq 300); do [ -e {tmp_path}/go ] && exit 17; "
+                    "sleep 0.1; done\n")  # fmt: skip
+    for fake in (program, srun):
+        fake.chmod(0o755)
+    script = tmp_path / "script.sh"
+    lines = render(make_request(tmp_path, python=str(program), chdir="/")).splitlines()
+    script.write_text("\n".join(line for line in lines if "_submitted.pkl" not in line) + "\n")
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    process = subprocess.Popen(["bash", str(script)], env=environ, text=True, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < deadline, "srun was never called"
+        time.sleep(0.02)
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        process.send_signal(number)
+    (tmp_path / "go").touch()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 17
+    assert "launcher: attempt 7.0" in out
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == [f"-u -m launcher.runs.aftermath {tmp_path} {word}" for word in ("before", "17")]
+
+
+def test_the_plain_script_runs_the_supervisor() -> None:
     """Without submitit the same ranks start with the run folder as their only argument."""
     words = srun_words(plain_script(make_request()))
-    assert words[-5:] == ["/usr/bin/python3", "-u", "-m", "launcher.worker.main", "/shared/runs/tiny-abcde"]
+    assert words[-5:] == ["/usr/bin/python3", "-u", "-m", "launcher.runs.supervisor", "/shared/runs/tiny-abcde"]
+
+
+def test_both_scripts_have_the_same_lines_around_srun() -> None:
+    """One run behaves the same whichever way it was submitted."""
+    request = make_request()
+    for lines in (lines_before(request), lines_after(request)):
+        text = "\n".join(lines)
+        assert text in plain_script(request)
+        assert text in submitit_script(request)
 
 
 def test_site_environment_is_quoted() -> None:
