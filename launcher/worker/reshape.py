@@ -62,7 +62,7 @@ def load_into_torch(
         for name, weight in module.named_parameters()
         if weight.requires_grad
     ]
-    _refuse_other_weights(saved, {span.name: span.elements for span in spans})
+    refuse_other_weights(saved, {span.name: span.elements for span in spans})
     _refuse_half(saved, spans)
     with torch.no_grad():
         _fill(optimizer, saved, spans, [span.stepped for span in spans])
@@ -86,7 +86,7 @@ def load_into_zero(engine: Any, checkpoint: Path, *, device: torch.device) -> Sa
     saved = open_saved(checkpoint)
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
-    _refuse_other_weights(saved, _trained(optimizer))
+    refuse_other_weights(saved, _trained(optimizer))
     spans = list(_spans(optimizer))
     _refuse_half(saved, spans)
     with torch.no_grad():
@@ -179,8 +179,12 @@ def _refuse_quantised(optimizer: Any) -> None:
     )
 
 
-def _refuse_other_weights(saved: Saved, trained: Mapping[str, int]) -> None:
-    """The same weights with the same sizes, on both sides."""
+def refuse_other_weights(saved: Saved, trained: Mapping[str, int]) -> None:
+    """The same weights with the same sizes (elements by name), on both sides.
+
+    Raises:
+        ConflictError: naming the first that differs.
+    """
     there = {name: saved.elements(name) for name in saved.vectors}
     if there == trained:
         return
