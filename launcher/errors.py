@@ -47,6 +47,10 @@ class ModelError(LauncherError):
     exit_code = 4
 
 
+class UnknownArchitectureError(ModelError):
+    """No closed form knows this architecture; one traced step of the real class can still measure it."""
+
+
 class ClusterError(LauncherError):
     """The cluster refuses the request or cannot ever satisfy it."""
 

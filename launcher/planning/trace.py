@@ -29,7 +29,8 @@ from launcher.planning.trainable import trainable_params
 from launcher.recipe.schema import LORA_METHODS, ModelSection
 
 _MODULE = "launcher.worker.trace"
-_TRACED_LAYERS = (2, 4)
+TRACED_LAYERS = (2, 4)
+"""Two numbers of layers that stand for all of them."""
 _TIMEOUT_S = 600.0
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PAIRS = {
@@ -122,7 +123,7 @@ def model_config(model: ModelSection) -> dict[str, Any]:
 
 
 def trace_request(
-    config: Mapping[str, Any], candidate: Candidate, layers: tuple[int, ...] = _TRACED_LAYERS
+    config: Mapping[str, Any], candidate: Candidate, layers: tuple[int, ...] = TRACED_LAYERS
 ) -> dict[str, Any]:
     """What `launcher.worker.trace` is asked.
 
@@ -155,7 +156,7 @@ def trace_step(
     *,
     python: str | None = None,
     cache: Path | None = None,
-    layers: tuple[int, ...] = _TRACED_LAYERS,
+    layers: tuple[int, ...] = TRACED_LAYERS,
 ) -> Trace:
     """Trace one micro-batch of `candidate` on the model of `config`, extrapolated to all its layers.
 
@@ -171,9 +172,8 @@ def trace_step(
         ModelError: `config` names no number of layers.
     """
     request = trace_request(config, candidate, layers)
-    total = _layer_count(config) if len(layers) > 1 else layers[0]
-    answer = _answer(request, python or sys.executable, cache or trace_cache())
-    return _extrapolated(answer, total)
+    total = layer_count(config) if len(layers) > 1 else layers[0]
+    return _extrapolated(answer(request, python or sys.executable, cache or trace_cache()), total)
 
 
 def trace_recipe(model: ModelSection, candidate: Candidate, site: Site) -> Trace:
@@ -182,8 +182,12 @@ def trace_recipe(model: ModelSection, candidate: Candidate, site: Site) -> Trace
     Raises:
         ClusterError, ModelError: as `trace_step`.
     """
-    python = str(Path(site.venv).expanduser() / "bin" / "python") if site.venv else None
-    return trace_step(model_config(model), candidate, python=python)
+    return trace_step(model_config(model), candidate, python=python_of(site))
+
+
+def python_of(site: Site) -> str:
+    """Interpreter of a site's train environment: its `venv`, else the one that runs the launcher."""
+    return str(Path(site.venv).expanduser() / "bin" / "python") if site.venv else sys.executable
 
 
 def trace_cache() -> Path:
@@ -192,7 +196,12 @@ def trace_cache() -> Path:
     return Path(base) / "launcher" / "traces"
 
 
-def _layer_count(config: Mapping[str, Any]) -> int:
+def layer_count(config: Mapping[str, Any]) -> int:
+    """How many layers config.json says there are.
+
+    Raises:
+        ModelError: it says nothing.
+    """
     text = config.get("text_config")
     values = {**config, **text} if isinstance(text, Mapping) else config
     for key in _LAYER_KEYS:
@@ -201,27 +210,31 @@ def _layer_count(config: Mapping[str, Any]) -> int:
     raise ModelError(f"config.json: none of {', '.join(_LAYER_KEYS)} says how many layers there are")
 
 
-def _answer(request: Mapping[str, Any], python: str, cache: Path) -> dict[str, Any]:
-    """The cached answer to the same question of the same versions, else a fresh one."""
-    path = cache / f"{_fingerprint(request, python)}.json"
+def answer(request: Mapping[str, Any], python: str, cache: Path, *, module: str = _MODULE) -> dict[str, Any]:
+    """The cached answer to the same question of the same versions, else a fresh one.
+
+    Raises:
+        ClusterError: as `trace_step`.
+    """
+    path = cache / f"{_fingerprint(request, python, module)}.json"
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    answer = _run(request, python)
+    found = _run(request, python, module)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(answer), encoding="utf-8")
+        temporary.write_text(json.dumps(found), encoding="utf-8")
         temporary.replace(path)
     except OSError:
         pass  # a read-only home costs ten seconds the next time, no more
-    return answer
+    return found
 
 
-def _fingerprint(request: Mapping[str, Any], python: str) -> str:
+def _fingerprint(request: Mapping[str, Any], python: str, module: str) -> str:
     """Names the question, the tracer's code and the versions that answered it."""
     code = Path(__file__).parents[1] / "worker"
-    parts = [json.dumps(request, sort_keys=True), python, *_versions(Path(python))]
-    parts += [(code / name).read_text(encoding="utf-8") for name in ("trace.py", "loss.py")]
+    parts = [json.dumps(request, sort_keys=True), module, python, *_versions(Path(python))]
+    parts += [(code / name).read_text(encoding="utf-8") for name in ("trace.py", "loss.py", "anatomy.py")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -234,8 +247,8 @@ def _versions(python: Path) -> list[str]:
     )
 
 
-def _run(request: Mapping[str, Any], python: str) -> dict[str, Any]:
-    command = [python, "-m", _MODULE]
+def _run(request: Mapping[str, Any], python: str, module: str) -> dict[str, Any]:
+    command = [python, "-m", module]
     package_root = str(Path(__file__).parents[2])
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
     try:

@@ -15,15 +15,15 @@ from typing import Any
 from launcher import __version__
 from launcher.planning.plan import Estimate, Plan
 from launcher.report.text import (
-    _batch,
-    _count,
-    _method,
-    _sharding,
     _value,
-    _where,
+    batch_sentence,
+    count,
     duration,
     gib,
+    method_sentence,
+    sharding_sentence,
     step_time,
+    where_sentence,
     within_with,
 )
 
@@ -199,14 +199,14 @@ def _facts(plan: Plan, price: _Price) -> list[tuple[str, str]]:
     """What a reader looks for first, as name and value."""
     chosen, candidate = plan.chosen, plan.chosen.candidate
     share = chosen.trainable_params / plan.params
-    trained = f"{_count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
+    trained = f"{count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
     start = [("Start", _start(chosen.start_s, chosen.result_s))] if chosen.start_s is not None else []
     return [
-        ("Model", f"{plan.model}, {_count(plan.params)} parameters, {trained}"),
-        ("Method", f"{_method(candidate)}, {_sharding(candidate)}"),
-        ("Where", f"{_where(candidate)} on {plan.site}"),
-        ("Batch", _batch(candidate)),
-        ("Data", f"{plan.data.rows:,} rows, {_count(plan.data.tokens)} tokens ({plan.data.basis})"),
+        ("Model", f"{plan.model}, {count(plan.params)} parameters, {trained}"),
+        ("Method", f"{method_sentence(candidate)}, {sharding_sentence(candidate)}"),
+        ("Where", f"{where_sentence(candidate)} on {plan.site}"),
+        ("Batch", batch_sentence(candidate)),
+        ("Data", f"{plan.data.rows:,} rows, {count(plan.data.tokens)} tokens ({plan.data.basis})"),
         (
             "Step",
             f"{step_time(chosen)}, {chosen.tokens_per_s_per_gpu:,.0f} tokens/s per rank",
@@ -317,7 +317,7 @@ def _row(number: int, each: Estimate, chosen: Estimate, price: _Price) -> Row:
         number=number,
         kind=_kind(each, chosen),
         method=each.candidate.method + _role(each, chosen),
-        where=_where(each.candidate),
+        where=where_sentence(each.candidate),
         how=_how(each),
         peak=gib(each.memory.peak_bytes.expected),
         bar=_bar(each),
@@ -332,7 +332,7 @@ def _row(number: int, each: Estimate, chosen: Estimate, price: _Price) -> Row:
 def _how(each: Estimate) -> str:
     candidate = each.candidate
     checkpointing = ", recomputed" if candidate.gradient_checkpointing else ""
-    return f"{_sharding(candidate)}, micro-batch {candidate.micro_batch}{checkpointing}"
+    return f"{sharding_sentence(candidate)}, micro-batch {candidate.micro_batch}{checkpointing}"
 
 
 def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _Price) -> Chart:
@@ -347,7 +347,7 @@ def _chart(name: str, estimates: Sequence[Estimate], chosen: Estimate, price: _P
             kind=_kind(each, chosen),
             x=x.place(hour),
             y=y.place(cost),
-            label=f"{number}: {each.candidate.method} on {_where(each.candidate)}, {_how(each)}: "
+            label=f"{number}: {each.candidate.method} on {where_sentence(each.candidate)}, {_how(each)}: "
             f"{duration(each.wall_s)}, {price.said(each)}{_aside(each)}",
         )
         for number, (each, hour, cost) in enumerate(zip(estimates, hours, costs, strict=True), start=1)

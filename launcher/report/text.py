@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.planning.plan import Candidate, Estimate, Plan
+from launcher.planning.plan import Candidate, Estimate, MemoryEstimate, Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def print_plan(
     for line in _headline(plan):
         out.print(line)
     out.print()
-    out.print(_memory_table(plan.chosen))
+    out.print(memory_table(plan.chosen.memory))
     out.print(_memory_sentence(plan.chosen))
     if explained:
         out.print()
@@ -66,18 +66,18 @@ def _headline(plan: Plan) -> list[Text]:
 
     chosen, candidate = plan.chosen, plan.chosen.candidate
     share = chosen.trainable_params / plan.params
-    trained = f"{_count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
+    trained = f"{count(chosen.trainable_params)} trained ({share:.2%})" if share < 1 else "all trained"
     money = f", {chosen.cost.amount:,.0f} in your currency" if chosen.cost.amount is not None else ""
     hours = f", {chosen.gpu_hours:,.1f} GPU-hours{money}" if candidate.device == "cuda" else ""
     verdict = Text("fits", style="bold green") if chosen.fits else Text("does not fit", style="bold red")
     return [
-        Text.assemble(("model   ", "bold"), f"{plan.model}  {_count(plan.params)} parameters, {trained}"),
-        Text.assemble(("method  ", "bold"), f"{_method(candidate)}  {_sharding(candidate)}"),
-        Text.assemble(("where   ", "bold"), f"{_where(candidate)} on {plan.site}  ", verdict),
-        Text.assemble(("batch   ", "bold"), _batch(candidate)),
+        Text.assemble(("model   ", "bold"), f"{plan.model}  {count(plan.params)} parameters, {trained}"),
+        Text.assemble(("method  ", "bold"), f"{method_sentence(candidate)}  {sharding_sentence(candidate)}"),
+        Text.assemble(("where   ", "bold"), f"{where_sentence(candidate)} on {plan.site}  ", verdict),
+        Text.assemble(("batch   ", "bold"), batch_sentence(candidate)),
         Text.assemble(
             ("data    ", "bold"),
-            f"{plan.data.rows:,} rows, {_count(plan.data.tokens)} tokens ({plan.data.basis})",
+            f"{plan.data.rows:,} rows, {count(plan.data.tokens)} tokens ({plan.data.basis})",
         ),
         Text.assemble(
             ("time    ", "bold"),
@@ -87,7 +87,8 @@ def _headline(plan: Plan) -> list[Text]:
     ]
 
 
-def _batch(candidate: Candidate) -> str:
+def batch_sentence(candidate: Candidate) -> str:
+    """The global batch as the product it is."""
     rows = "packed rows" if candidate.packing else "rows"
     return (
         f"{candidate.global_batch} {rows} of {candidate.seq_len} tokens = {candidate.micro_batch} x "
@@ -96,7 +97,8 @@ def _batch(candidate: Candidate) -> str:
     )
 
 
-def _method(candidate: Candidate) -> str:
+def method_sentence(candidate: Candidate) -> str:
+    """Such as: lora r=16 alpha=32 on all-linear."""
     if candidate.lora is not None:
         targets = candidate.lora.target_modules
         said = targets if isinstance(targets, str) else "+".join(targets)
@@ -106,7 +108,8 @@ def _method(candidate: Candidate) -> str:
     return "full fine-tuning"
 
 
-def _sharding(candidate: Candidate) -> str:
+def sharding_sentence(candidate: Candidate) -> str:
+    """Such as: ZeRO-3, optimizer on cpu."""
     parts = [f"ZeRO-{candidate.zero_stage}" if candidate.zero_stage else "plain torch"]
     if candidate.hpz_partition > 1:
         parts.append("hpZ")
@@ -117,7 +120,8 @@ def _sharding(candidate: Candidate) -> str:
     return ", ".join(parts)
 
 
-def _where(candidate: Candidate) -> str:
+def where_sentence(candidate: Candidate) -> str:
+    """Such as: 8 x 8 A100-80GB."""
     unit = "CPU ranks" if candidate.device == "cpu" else candidate.gpu
     return f"{candidate.nodes} x {candidate.gpus_per_node} {unit}"
 
@@ -129,7 +133,8 @@ def _checkpointing(candidate: Candidate) -> str:
 # ---------------------------------------------------------------- memory
 
 
-def _memory_table(chosen: Estimate) -> Table:
+def memory_table(memory: MemoryEstimate) -> Table:
+    """One bar per term, against the device or what is needed."""
     from rich.table import Table
     from rich.text import Text
 
@@ -137,8 +142,8 @@ def _memory_table(chosen: Estimate) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    terms = chosen.memory.terms_bytes
-    whole = max(chosen.memory.usable_bytes, sum(terms.values()))
+    terms = memory.terms_bytes
+    whole = max(memory.usable_bytes, sum(terms.values()))
     for name, value in terms.items():
         if value:
             width = math.ceil(_BAR * value / whole)
@@ -147,12 +152,18 @@ def _memory_table(chosen: Estimate) -> Table:
 
 
 def _memory_sentence(chosen: Estimate) -> str:
-    memory = chosen.memory
+    return (
+        f"{peak_sentence(chosen.memory)}; "
+        f"host {chosen.host_ram_bytes_per_node / GIB:.0f} GiB per node; checkpoint {gib(chosen.checkpoint_bytes)}"
+    )
+
+
+def peak_sentence(memory: MemoryEstimate) -> str:
+    """The peak, its band and moment, and what the whole device shows."""
     peak, usable = memory.peak_bytes, memory.usable_bytes / GIB
     return (
         f"peak {peak.expected / GIB:.1f} GiB ({peak.low / GIB:.1f} to {peak.high / GIB:.1f}) at {memory.binding}; "
-        f"device shows about {memory.device_bytes.expected / GIB:.1f} of {usable:.1f} GiB; "
-        f"host {chosen.host_ram_bytes_per_node / GIB:.0f} GiB per node; checkpoint {gib(chosen.checkpoint_bytes)}"
+        f"device shows about {memory.device_bytes.expected / GIB:.1f} of {usable:.1f} GiB"
     )
 
 
@@ -202,8 +213,8 @@ def _alternatives_table(found: Sequence[Estimate]) -> Table:
         candidate = each.candidate
         table.add_row(
             f"  {candidate.method}",
-            _where(candidate),
-            _sharding(candidate),
+            where_sentence(candidate),
+            sharding_sentence(candidate),
             f"{each.memory.peak_bytes.expected / GIB:.1f} GiB",
             duration(each.wall_s),
             f"{each.gpu_hours:,.1f}",
@@ -305,7 +316,8 @@ def gib(size_bytes: float) -> str:
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= 0.1 * GIB else f"{size_bytes / 2**20:.0f} MiB"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
+    """Such as 70.6 B, 207 M or 12,345."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -189,7 +189,7 @@ class GpuDropout(nn.Module):
 
 def build(request: Mapping[str, Any], layers: int) -> nn.Module:
     """The model of the request with so many layers, on the meta device, in the dtypes the worker trains it in."""
-    config = _config(request, layers)
+    config = layered_config(request, layers)
     dtype = torch.float32 if _fp32_masters(request) else _DTYPES[request["precision"]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -203,7 +203,8 @@ def build(request: Mapping[str, Any], layers: int) -> nn.Module:
     return model.train()
 
 
-def _config(request: Mapping[str, Any], layers: int) -> Any:
+def layered_config(request: Mapping[str, Any], layers: int) -> Any:
+    """The class's own configuration with so many layers and the attention that is traced."""
     values = dict(request["config"])
     kind = values.pop("model_type")
     for key in ("architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config", "auto_map"):
