@@ -10,10 +10,9 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.process import is_alive, is_here
 from launcher.runs.reasons import reason_words, state_words
 from launcher.runs.slurm import SlurmJob, find_jobs, find_named
-from launcher.runs.state import FORGOTTEN_AFTER_S, Evidence, read_evidence
+from launcher.runs.state import FORGOTTEN_AFTER_S, Evidence, is_held, read_evidence
 
 _ENDING = frozenset({"COMPLETING", "STAGE_OUT", "SIGNALING"})
-_HELD = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT"})
 
 
 def refuse_living(run: RunFolder) -> None:
@@ -48,11 +47,6 @@ def _refuse_in_queue(evidence: Evidence) -> None:
 def _words(job: SlurmJob) -> str:
     why = reason_words(job.state, job.reason, job.job_id)
     return f"job {job.job_id} ({job.state}) {state_words(job.state, job.job_id)}{f': {why}' if why else ''}"
-
-
-def is_held(job: SlurmJob) -> bool:
-    """Whether it waits for somebody to release it."""
-    return job.state in _HELD or (job.state == "PENDING" and "held" in (job.reason or "").lower())
 
 
 def _command(job: SlurmJob, run: RunFolder) -> str:

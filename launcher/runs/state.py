@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.runs import story
 from launcher.runs.adoption import has_settled, open_submission
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.lock import holder
@@ -36,6 +37,7 @@ ENDED = frozenset(
     }
 )
 """States after which nothing more happens by itself. STOPPED is ours: told to stop, it saved and left."""
+_HELD = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT"})
 _NEW_JOB = ("submitted", "started")
 """Events of which the last names the newest job; later lines about an older job do not make it the newest."""
 FORGOTTEN_AFTER_S = 600.0
@@ -78,8 +80,8 @@ class Evidence:
 
     @property
     def restarts(self) -> int:
-        """How often the job was started again."""
-        return max(0, sum(1 for event in self.events if event.get("event") == "started") - 1)
+        """How often the ranks were started again."""
+        return story.restarts(self.events)
 
     @property
     def last_sign_s(self) -> float:
@@ -107,14 +109,8 @@ class Evidence:
 
     @property
     def first_failure(self) -> str | None:
-        """What the first failing rank of the last attempt said."""
-        found: str | None = None
-        for event in self.events:
-            if event.get("event") in ("submitted", "started"):
-                found = None
-            elif event.get("event") == "failed" and found is None:
-                found = f"rank {event.get('rank')}: {str(event.get('error')).splitlines()[0][:400]}"
-        return found
+        """What went wrong in the last attempt, by whoever saw it best."""
+        return story.trouble(self.events)
 
 
 def read_evidence(run: RunFolder) -> Evidence:
@@ -198,10 +194,25 @@ def _active_sentence(evidence: Evidence, job: SlurmJob) -> str:
         return _running_sentence(evidence)
     words = reason_words(job.state, job.reason, job.job_id)
     start = f" (expected start {job.start})" if job.state == "PENDING" and job.start else ""
-    again = (
-        f"; it was started {evidence.restarts + 1} times before" if evidence.restarts and job.state == "PENDING" else ""
-    )
+    again = _before(evidence) if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else ""
+    if again and is_held(job):
+        return f"held (requeued); release it with: scontrol release {job.job_id}{again}"
     return f"{state_words(job.state, job.job_id)}{f': {words}' if words else ''}{again}{start}"
+
+
+def is_held(job: SlurmJob) -> bool:
+    """Whether it waits for somebody to release it."""
+    return job.state in _HELD or (job.state == "PENDING" and "held" in (job.reason or "").lower())
+
+
+def _before(evidence: Evidence) -> str:
+    """What a waiting job did before; nothing where it has not run yet."""
+    starts = sum(1 for event in evidence.events if event.get("event") == "started")
+    if not starts:
+        return ""
+    why = story.coming_back(evidence.events)
+    times = "once" if starts == 1 else f"{starts} times"
+    return f"; it was started {times} before{f' ({why})' if why else ''}"
 
 
 def _running_sentence(evidence: Evidence) -> str:
@@ -211,7 +222,18 @@ def _running_sentence(evidence: Evidence) -> str:
     silent_s = time.time() - float(beat.get("time_s", 0))
     silent = f"; no sign of life for {silent_s / 60:.0f} min" if silent_s > FORGOTTEN_AFTER_S else ""
     step = f", step {beat['step']} of {beat.get('total_steps', '?')}" if beat.get("step") is not None else ""
-    return f"runs: {beat['state']}{step}{silent}"
+    trouble = evidence.first_failure
+    return f"runs: {beat['state']}{step}{_slow_words(beat)}{silent}{f'; {trouble}' if trouble else ''}"
+
+
+def _slow_words(beat: Mapping[str, Any]) -> str:
+    """Which rank the others wait for, where the heartbeat says so."""
+    slow = beat.get("slow")
+    if not isinstance(slow, Mapping):
+        return ""
+    times = slow.get("times")
+    how = f"{times:.1f} times as long as the others" if isinstance(times, int | float) else "longer than the others"
+    return f"; rank {slow.get('rank')} on {slow.get('host')} is slow: it takes {how}"
 
 
 def _judge_local(evidence: Evidence) -> State:
@@ -229,7 +251,7 @@ def _judge_local(evidence: Evidence) -> State:
 def _judge_unseen(evidence: Evidence, unreachable: str | None) -> State:
     """Slurm was not asked, or does not know the job (any more)."""
     if unreachable is not None:
-        return State(word="UNKNOWN", sentence=f"cannot be told: {unreachable}")
+        return State(word="UNKNOWN", sentence=f"cannot be told: {unreachable}{_own_word(evidence)}")
     if evidence.cancelled or evidence.last("stopped") or evidence.first_failure:
         return _ended(evidence, "COMPLETED")
     if time.time() - evidence.last_sign_s < FORGOTTEN_AFTER_S:
@@ -237,6 +259,16 @@ def _judge_unseen(evidence: Evidence, unreachable: str | None) -> State:
             word="UNKNOWN", sentence=f"cannot be told: Slurm does not know job {evidence.job_id} (yet, or any more)"
         )
     return _ended(evidence, "FAILED", reason="Slurm has forgotten the job")
+
+
+def _own_word(evidence: Evidence) -> str:
+    """What the run said of itself lately, where nobody else can be asked."""
+    beat = evidence.heartbeat
+    age_s = time.time() - float(beat.get("time_s", 0))
+    if age_s > FORGOTTEN_AFTER_S or "state" not in beat:
+        return ""
+    step = f", step {beat['step']}" if beat.get("step") is not None else ""
+    return f"; the run itself said {age_s:.0f} s ago: {beat['state']}{step}"
 
 
 def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: str | None = None) -> State:
@@ -251,10 +283,12 @@ def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: s
     else:
         failure = evidence.first_failure or reason_words(word, reason, evidence.job_id)
         why = f"{state_words(word, evidence.job_id)}{f': {failure}' if failure else ''}"
+    decided = None if word == "CANCELLED" else story.decision(evidence.events)
     saved = newest_checkpoint(evidence.run)
+    left = f"a checkpoint of step {saved} is there" if saved else "no checkpoint was written"
     return State(
         word=word,
-        sentence=f"{why}; {f'a checkpoint of step {saved} is there' if saved else 'no checkpoint was written'}",
+        sentence="; ".join(filter(None, (why, decided, left))),
         reason=reason,
         nodes=nodes,
     )
