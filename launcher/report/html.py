@@ -41,7 +41,8 @@ TERMS = {
 """Term -> what it is, in a few words."""
 _SIZES = {"wide": (720, 380), "narrow": (360, 340)}
 """Width and height of the chart on a screen and on a phone, in CSS pixels."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 36, 16, 46
+"""Margins; half of the longest label of the time axis stands in the right one."""
 _TIME_STEPS_H = (
     *(seconds / 3600 for seconds in (1, 2, 5, 10, 15, 30)),
     1 / 60,

@@ -149,6 +149,7 @@ def test_labels_of_an_axis_do_not_touch(plan: Plan, spread: float, seconds: floa
     ends = [replace(plan.chosen, wall_s=wall_s, gpu_hours=wall_s / 3600) for wall_s in (seconds, seconds * spread)]
     for chart in (_chart(name, ends, ends[0], _price_of(ends)) for name in ("wide", "narrow")):
         assert chart.x_ticks and chart.y_ticks
+        assert all(3.7 * len(tick.label) <= tick.at <= chart.width - 3.7 * len(tick.label) for tick in chart.x_ticks)
         for left, right in itertools.pairwise(chart.x_ticks):
             assert right.at - left.at >= 7.4 * (len(left.label) + len(right.label)) / 2
         for lower, upper in itertools.pairwise(chart.y_ticks):
