@@ -6,72 +6,120 @@
         rng-00000.pt ...       random number states, one per rank
         state.pt               what the loop needs besides the step
         engine.pt | zero/      the engine's own files
-      .step-000200.<attempt>.tmp/   a save that has not finished, or never will
+      .step-000200.<attempt>.tmp/       a save that has not finished, or never will
+        share-00000.json ...            what each rank has written, while rank 0 waits for all of them
+      .step-000100.<attempt>.old.tmp/   a checkpoint on its way out
+
+A save in the background goes: copy (every rank, at once) - write (a thread of every rank) - complete (a thread of
+rank 0). Threads never talk to other ranks; how far they are travels with the votes that the loop sums in every step,
+so all ranks learn of it at the same step.
 
 Failures are agreed: where one rank cannot write, every rank raises the same error and the older checkpoints stay.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
-import re
-import shutil
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from launcher.errors import ConflictError, JobFailedError
+from launcher.runs.fence import Fence, FencedError
 from launcher.runs.folder import write_json
+from launcher.worker import faults
+from launcher.worker.generators import load_random_state, random_state
+from launcher.worker.manifest import MANIFEST, compare, read_manifest, step_of, strangers
+from launcher.worker.shelf import SHARE, VISIBLE_S, WAIT_S, Identity, Shelf
+from launcher.worker.snapshot import FolderWriter, HostMemory, NoRoomError, SnapshotWriter, Writer
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{6,})")
-_UNFINISHED = re.compile(r"\.step-\d{6,}\.(.+)\.tmp")
-_CHUNK_BYTES = 1 << 22
+__all__ = ["Checkpoints", "Identity", "Outcome", "Saves"]
 
 
 class Saves(Protocol):
     """The part of an engine that a checkpoint needs."""
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's state; returns the files this rank wrote."""
+    def save(self, writer: Writer) -> None:
+        """Hand this rank's state over; collective."""
 
     def load(self, folder: Path) -> None:
         """Restore it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
-    """What a checkpoint belongs to; a resume must agree in all but the attempt."""
+class Outcome:
+    """How a save ended, the same on every rank but for the times."""
 
-    run_id: str
-    attempt: str
-    world_size: int
-    zero_stage: int
-    method: str
+    step: int
+    path: Path | None
+    """None where it failed."""
+    problem: str | None
+    seconds: float
+    """From its beginning until it was on disk."""
+    stall_s: float
+    """How long training stood still for it."""
+    bytes: int
+    """Of the whole checkpoint; 0 where it failed, and on ranks other than 0."""
+
+
+@dataclass(kw_only=True)
+class _Flight:
+    """A save on its way."""
+
+    step: int
+    started_s: float
+    stall_s: float = 0.0
+    thread: threading.Thread | None = None
+    files: dict[str, Any] | None = None
+    """This rank's share, when written."""
+    failure: Exception | None = None
+    asked: bool = False
+    """All ranks have written; rank 0 completes."""
+    bytes: int = 0
+    """Of the complete checkpoint; rank 0, when it is there."""
+    moved_bytes: int = 0
+    ended_s: float = field(default=0.0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread of this rank is still at work."""
+        return self.thread is not None and self.thread.is_alive()
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every public call is collective; a single process needs no process group."""
+    """The checkpoints of one run. Public calls are collective but for `votes`; a single process needs no group."""
 
-    def __init__(self, folder: Path, identity: Identity, *, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        *,
+        keep: int,
+        fence: Fence | None = None,
+        memory: HostMemory | None = None,
+        waiting: Callable[[], None] | None = None,
+    ) -> None:
+        """`memory`: where copies for background saves go; `waiting` is called while a wait makes progress."""
         self._folder = folder
         self._identity = identity
-        self._keep = max(1, keep)
+        self._memory = memory or HostMemory()
+        self._waiting = waiting or (lambda: None)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._shelf = Shelf(folder=folder, identity=identity, keep=max(1, keep), fence=fence, rank=self._rank)
+        self._flight: _Flight | None = None
         self.notices: list[str] = []
         """What was found damaged and skipped, in words."""
         self.reshaped: dict[str, int] | None = None
-        """Ranks and ZeRO stages that wrote the checkpoint loaded last and that read it, where they differ."""
+        """Ranks and stage that wrote the checkpoint loaded last, and these, where they are not the same."""
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -82,61 +130,210 @@ class Checkpoints:
 
         Raises:
             JobFailedError: a rank could not write (disk full, quota); older checkpoints are untouched.
+            FencedError: a newer attempt has begun.
         """
-        final = self._folder / f"step-{step:06d}"
-        unfinished = self._folder / f".step-{step:06d}.{self._identity.attempt}.tmp"
+        outcome = self.save_now(step, engine, state)
+        if outcome.path is None:
+            raise JobFailedError(str(outcome.problem))
+        return outcome.path
+
+    def save_now(self, step: int, engine: Saves, state: dict[str, Any]) -> Outcome:
+        """`save`, with what it took; a failure is told, not raised."""
+        flight = _Flight(step=step, started_s=time.monotonic())
+
+        def share() -> dict[str, Any]:
+            writer = FolderWriter(self._shelf.unfinished(step), moved=partial(self._moved, flight))
+            self._hand_over(engine, state, writer)
+            if writer.failure is not None:
+                raise writer.failure
+            faults.at("after_share", rank=self._rank, step=step)
+            return writer.files
+
         try:
-            self._together(f"prepare {unfinished}", lambda: self._on_rank_zero(lambda: _empty(unfinished)))
-            parts = self._together(f"write {unfinished}", lambda: self._write_share(unfinished, engine, state))
+            self._prepare(step)
+            parts = self._together(f"write {self._shelf.unfinished(step)}", share)
             self._together(
-                f"complete {final}", lambda: self._on_rank_zero(lambda: self._complete(unfinished, final, step, parts))
+                f"complete {self._shelf.final(step)}", lambda: self._on_rank_zero(lambda: self._complete(flight, parts))
             )
-        except JobFailedError:
+        except JobFailedError as error:
+            self._sweep_up(step)
+            return self._outcome(flight, str(error))
+        flight.ended_s = time.monotonic()
+        flight.stall_s = flight.ended_s - flight.started_s
+        return self._outcome(flight, None)
+
+    def begin(self, step: int, engine: Saves, state: dict[str, Any]) -> Outcome | None:
+        """Copy the state of `step` to host memory and let a thread write it; None, or why that failed.
+
+        `votes` and `heard` follow it; nothing else may be saved before it has landed (`join`).
+
+        Raises:
+            NoRoomError: on every rank, where one has too little memory for a copy.
+        """
+        if self._flight is not None:
+            raise RuntimeError("a save is in flight; join it first")
+        flight = _Flight(step=step, started_s=time.monotonic())
+        writer = SnapshotWriter(self._memory, self._shelf.unfinished(step))
+
+        def copied() -> str | None:
+            self._hand_over(engine, state, writer)
+            if isinstance(writer.failure, NoRoomError):
+                return str(writer.failure)
+            if writer.failure is not None:
+                raise writer.failure
+            writer.settle()
+            faults.at("snapshot", rank=self._rank, step=step)
+            return None
+
+        try:
+            self._prepare(step)
+            refusals = [told for told in self._together(f"copy the state of step {step}", copied) if told]
+        except JobFailedError as error:
+            self._sweep_up(step)
+            return self._outcome(flight, str(error))
+        if refusals:
+            self._sweep_up(step)
+            raise NoRoomError(refusals[0])
+        self._flight = flight
+        self._start(flight, partial(self._write_share, flight, writer))
+        flight.stall_s = time.monotonic() - flight.started_s
+        return None
+
+    def votes(self) -> tuple[int, int, int]:
+        """How far this rank's save is, to be summed over ranks: (at rest, failed, completed)."""
+        flight = self._flight
+        if flight is None:
+            return 0, 0, 0
+        resting = not flight.busy
+        return int(resting), int(resting and flight.failure is not None), int(resting and flight.bytes > 0)
+
+    def heard(self, votes: Sequence[int]) -> Outcome | None:
+        """Act on the summed votes of a step; how the save ended, once it has. Collective only where one failed."""
+        flight, (resting, failed, completed) = self._flight, votes
+        if flight is None or resting < self._world:
+            return None
+        if failed:
+            return self._land(flight, None)
+        if completed:
+            flight.ended_s = time.monotonic()
+            return self._land(flight, flight.bytes)
+        if not flight.asked:
+            flight.asked = True
             if self._rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        return final
+                self._start(flight, lambda: self._complete(flight, self._read_shares(flight.step)))
+        return None
 
-    def _write_share(self, folder: Path, engine: Saves, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Write and flush what is this rank's; name -> bytes and sha256."""
-        files = engine.save(folder)
-        files.append(_save_random_state(folder, self._rank))
-        if self._rank == 0:
-            torch.save(state, folder / "state.pt")
-            files.append(folder / "state.pt")
-        return {path.relative_to(folder).as_posix(): _seal(path) for path in files}
+    def join(self) -> Outcome | None:
+        """Wait for the save in flight, if there is one, and say how it ended."""
+        flight = self._flight
+        if flight is None:
+            return None
+        began_s = time.monotonic()
+        try:
+            self._wait(flight)
+            parts = self._together(f"write {self._shelf.unfinished(flight.step)}", lambda: _told(flight))
+            if not flight.asked:
+                completing = partial(self._complete, flight, parts)
+                self._together(f"complete {self._shelf.final(flight.step)}", lambda: self._on_rank_zero(completing))
+        except JobFailedError as error:
+            flight.stall_s += time.monotonic() - began_s
+            self._flight = None
+            self._sweep_up(flight.step)
+            return self._outcome(flight, str(error))
+        flight.ended_s = time.monotonic()
+        flight.stall_s += flight.ended_s - began_s
+        return self._land(flight, flight.bytes)
 
-    def _complete(self, unfinished: Path, final: Path, step: int, parts: list[dict[str, Any]]) -> None:
-        """Rank 0: manifest last, rename, then make room."""
-        files = {name: facts for part in parts for name, facts in part.items()}
-        there = {path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file()}
-        if there != files.keys():
-            raise OSError(f"files and shares disagree: {sorted(there ^ files.keys())}")
-        for folder in [path for path in unfinished.rglob("*") if path.is_dir()]:
-            _sync_folder(folder)
-        identity = {name: getattr(self._identity, name) for name in self._identity.__slots__}
-        write_json(
-            unfinished / MANIFEST, {"schema": 1, "step": step, "time_s": time.time(), **identity, "files": files}
+    def _land(self, flight: _Flight, size: int | None) -> Outcome:
+        """The save is over; where it failed the ranks exchange why."""
+        self._flight = None
+        if size is not None:
+            return self._outcome(flight, None)
+        try:
+            self._together(f"write {self._shelf.final(flight.step)}", lambda: _told(flight))
+        except JobFailedError as error:
+            self._sweep_up(flight.step)
+            return self._outcome(flight, str(error))
+        raise RuntimeError(f"the save of step {flight.step} failed and no rank says why")
+
+    def _outcome(self, flight: _Flight, problem: str | None) -> Outcome:
+        ended_s = flight.ended_s or time.monotonic()
+        return Outcome(
+            step=flight.step,
+            path=None if problem else self._shelf.final(flight.step),
+            problem=problem,
+            seconds=ended_s - flight.started_s,
+            stall_s=flight.stall_s if flight.stall_s else ended_s - flight.started_s,
+            bytes=flight.bytes,
         )
-        _sync_folder(unfinished)
-        if final.exists():  # same step again after a resume: the old one was damaged or is replaced by its equal
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        _sync_folder(self._folder)
-        self._prune(step)
 
-    def _prune(self, newest: int) -> None:
-        """Keep the last ones up to the step just written; what lies beyond it did not verify when we resumed."""
-        steps = {path: int(match[1]) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))}
-        good = sorted((path for path, step in steps.items() if step <= newest), key=steps.__getitem__)
-        beyond = [path for path, step in steps.items() if step > newest]
-        for path in good[: -self._keep] + beyond:
-            if _manifest(path).get("run_id", self._identity.run_id) == self._identity.run_id:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self._folder.iterdir():
-            match = _UNFINISHED.fullmatch(path.name)
-            if match and match[1] != self._identity.attempt:
-                shutil.rmtree(path, ignore_errors=True)
+    # --- the parts of a save -------------------------------------------------------------------
+
+    def _prepare(self, step: int) -> None:
+        folder = self._shelf.unfinished(step)
+        self._together(f"prepare {folder}", lambda: self._on_rank_zero(lambda: self._shelf.start(step)))
+
+    def _complete(self, flight: _Flight, parts: list[dict[str, Any]]) -> None:
+        flight.bytes = self._shelf.complete(flight.step, parts)
+
+    def _sweep_up(self, step: int) -> None:
+        """After a failure that all ranks know of."""
+        self._on_rank_zero(lambda: self._shelf.give_up(step))
+
+    def _hand_over(self, engine: Saves, state: dict[str, Any], writer: Writer) -> None:
+        """Everything that is this rank's, in the same order every time."""
+        engine.save(writer)
+        writer.write(f"rng-{self._rank:05d}.pt", random_state())
+        if self._rank == 0:
+            writer.write("state.pt", state)
+
+    def _start(self, flight: _Flight, work: Callable[[], None]) -> None:
+        """Do `work` in a thread that keeps its error. It dies with the process: a dead disk must not hold that up."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                flight.failure = error
+
+        flight.thread = threading.Thread(target=run, name=f"save-{flight.step}", daemon=True)
+        flight.thread.start()
+
+    def _write_share(self, flight: _Flight, writer: SnapshotWriter) -> None:
+        """In a thread: this rank's files, then the word that they are there."""
+        files = writer.into(moved=partial(self._moved, flight))
+        write_json(self._shelf.unfinished(flight.step) / SHARE.format(self._rank), files)
+        flight.files = files
+        faults.at("after_share", rank=self._rank, step=flight.step)
+
+    def _read_shares(self, step: int) -> list[dict[str, Any]]:
+        """In rank 0's thread: what the others wrote; a shared file system shows it late at times."""
+        folder = self._shelf.unfinished(step)
+        deadline = time.monotonic() + VISIBLE_S
+        while True:
+            self._shelf.check_fence()
+            try:
+                os.listdir(folder)  # noqa: PTH208 (refreshes NFS's view)
+                paths = [folder / SHARE.format(rank) for rank in range(self._world)]
+                return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            except (OSError, ValueError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(WAIT_S)
+
+    def _wait(self, flight: _Flight) -> None:
+        """Until this rank's thread is done; as long as bytes move, whoever watches is told."""
+        moved = -1
+        while flight.thread is not None and flight.thread.is_alive():
+            flight.thread.join(WAIT_S)
+            if flight.moved_bytes != moved:
+                moved = flight.moved_bytes
+                self._waiting()
+
+    def _moved(self, flight: _Flight, size: int) -> None:
+        flight.moved_bytes += size
+        if threading.current_thread() is threading.main_thread():
+            self._waiting()
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -146,11 +343,14 @@ class Checkpoints:
         Raises:
             JobFailedError: there are checkpoints and none verifies; training from step 0 would hide that.
         """
+        self._together(f"sweep {self._folder}", lambda: self._on_rank_zero(self._shelf.sweep))
         found = self._listed()
         for path in found:
             trouble = [line for part in self._together(f"verify {path}", partial(self._damage, path)) for line in part]
             if not trouble:
+                self._tell_lost(found[0], path)
                 return path
+            self._shelf.damaged.add(path)
             self.notices.append(f"{path.name} is damaged and was skipped: {'; '.join(trouble[:3])}")
         if found:
             raise JobFailedError(
@@ -171,31 +371,33 @@ class Checkpoints:
         self._refuse_other_run(path)
         engine.load(path)
         self.reshaped = self._reshaped(path)
-        load_random_state(path, self._rank, int(_manifest(path)["world_size"]))
+        load_random_state(path, self._rank, int(read_manifest(path)["world_size"]))
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+    def _tell_lost(self, newest: Path, used: Path) -> None:
+        lost = step_of(newest) - step_of(used)
+        if lost:
+            steps = "1 step of training is" if lost == 1 else f"{lost} steps of training are"
+            self.notices.append(f"{steps} lost and done again: going on from {used.name}, not from {newest.name}")
 
     def _listed(self) -> list[Path]:
         """Finished checkpoints, newest first, in rank 0's view of the folder."""
-
-        def names() -> list[str]:
-            found = [path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
-            return sorted(found, key=lambda name: int(name[5:]), reverse=True)
-
-        first = self._together(f"list {self._folder}", lambda: names() if self._rank == 0 else [])[0]
+        first = self._together(f"list {self._folder}", lambda: self._shelf.listed() if self._rank == 0 else [])[0]
         return [self._folder / name for name in first]
 
     def _damage(self, path: Path) -> list[str]:
         """What is wrong with this rank's share of a checkpoint's files; the ranks divide the hashing."""
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         if not manifest:
             return [f"{MANIFEST} is missing or unreadable"] if self._rank == 0 else []
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        names = sorted(manifest["files"])[self._rank :: world]
-        problems = [_compare(path / name, manifest["files"][name]) for name in names]
+        names = sorted(manifest["files"])[self._rank :: self._world]
+        problems = [compare(path / name, manifest["files"][name]) for name in names]
+        if self._rank == 0:
+            problems += strangers(path, manifest["files"].keys())
         return [problem for problem in problems if problem]
 
     def _reshaped(self, path: Path) -> dict[str, int] | None:
-        manifest, identity = _manifest(path), self._identity
+        manifest, identity = read_manifest(path), self._identity
         facts = {
             "from_world": int(manifest["world_size"]),
             "to_world": identity.world_size,
@@ -206,7 +408,7 @@ class Checkpoints:
         return None if same else facts
 
     def _refuse_other_run(self, path: Path) -> None:
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         names = {"method": "method", "run_id": "run"}
         problems = [
             f"{path.name} was saved with {words} {manifest.get(name)!r}, now it is {getattr(self._identity, name)!r}; "
@@ -229,13 +431,18 @@ class Checkpoints:
         outcome: tuple[str | None, Any]
         try:
             outcome = (None, work())
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            cause, outcome = error, (f"rank {self._rank}: {error}", None)
+        except FencedError as error:
+            cause, outcome = error, (str(error), FencedError)
+        except Exception as error:  # whatever it is, a rank that went away here would leave the others waiting
+            cause, outcome = error, (f"rank {self._rank}: {_words(error)}", None)
         outcomes: list[Any] = [outcome]
         if dist.is_initialized() and dist.get_world_size() > 1:
             outcomes = [None] * dist.get_world_size()
             dist.all_gather_object(outcomes, outcome)
         failures = [error for error, _ in outcomes if error]
+        fenced = [error for error, kind in outcomes if error and kind is FencedError]
+        if fenced:
+            raise FencedError(fenced[0]) from cause
         if failures:
             raise JobFailedError(f"could not {name}; checkpoints written before are untouched", *failures) from cause
         return [result for _, result in outcomes]
@@ -244,99 +451,15 @@ class Checkpoints:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _empty(folder: Path) -> None:
-    """A new, empty folder; what an earlier try of this attempt left there goes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
+def _told(flight: _Flight) -> dict[str, Any] | None:
+    """A rank's share, or its error."""
+    if flight.failure is not None:
+        raise flight.failure
+    return flight.files
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """Flush a file to disk and describe it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _compare(path: Path, facts: dict[str, Any]) -> str | None:
-    """One sentence if the file is not what the manifest says."""
-    try:
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            return f"{path.name} has {size} of {facts['bytes']} bytes"
-        return None if _sha256(path) == facts["sha256"] else f"{path.name} differs from its sha256"
-    except OSError as error:
-        return f"{path.name}: {error.strerror}"
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or {} where it is missing or not one."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest.get("files"), dict) else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- random numbers ----------------------------------------------------------------------------
-
-
-def _save_random_state(folder: Path, rank: int) -> Path:
-    """Every generator this process may draw from, as tensors and plain values (no pickled classes)."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state = {
-        "python": random.getstate(),
-        "numpy": (
-            kind,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-    path = folder / f"rng-{rank:05d}.pt"
-    torch.save(state, path)
-    return path
-
-
-def load_random_state(folder: Path, rank: int, saved_ranks: int) -> None:
-    """Restore this rank's generators; a rank that the saved run did not have gets states of its own.
-
-    Those are seeded with the first 8 bytes of sha256(rank 0's saved torch state, then this rank's number as 8 bytes,
-    little-endian): the same in every attempt from that checkpoint, and different for every rank.
-    """
-    if rank >= saved_ranks:
-        first = torch.load(folder / "rng-00000.pt", map_location="cpu", weights_only=True)
-        digest = hashlib.sha256(bytes(first["torch"].tolist()) + rank.to_bytes(8, "little")).digest()
-        _seed_all(int.from_bytes(digest[:8], "little") >> 1)  # torch takes 63 bits without a sign
-        return
-    state = torch.load(folder / f"rng-{rank:05d}.pt", map_location="cpu", weights_only=True)
-    random.setstate(state["python"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _words(error: Exception) -> str:
+    """An error as a sentence; a file system's one with the path in front."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, RuntimeError | OSError) else f"{type(error).__name__}: {error}"

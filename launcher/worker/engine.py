@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from launcher.errors import RecipeError
 from launcher.planning.plan import Candidate
+from launcher.worker.snapshot import Writer
 
 Batch = dict[str, Tensor]
 """What `collate` returns: input_ids, labels, and position_ids or attention_mask."""
@@ -80,8 +81,8 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Summed loss and trained tokens of this rank's batches; all ranks must bring equally many."""
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's state into `folder`, nowhere else; returns the files this rank wrote."""
+    def save(self, writer: Writer) -> None:
+        """Hand this rank's state to `writer`, which keeps errors to itself; no file is opened here."""
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote with the same ranks and stage."""

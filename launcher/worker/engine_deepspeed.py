@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
 from launcher.worker.reshape import load_into_zero
 from launcher.worker.saved import ZERO_FOLDER, shape_of
+from launcher.worker.snapshot import Writer
 
-_OWNER = re.compile(r"(?:zero_pp_rank_|offloaded_tensors/rank)0*(\d+)")
-"""How DeepSpeed writes a data-parallel rank into a file name."""
+_NOWHERE = "checkpoint"
+"""DeepSpeed names files below a folder; ours go to a writer, which knows the folder."""
 
 
 def prepare_deepspeed() -> None:
@@ -124,17 +124,16 @@ class DeepSpeedEngine:
 
     # --- state ---------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> list[Path]:
-        """DeepSpeed's own files below `folder`; frozen weights come from the base and are left out."""
-        self._engine.save_checkpoint(
-            str(folder), tag=ZERO_FOLDER, save_latest=False, exclude_frozen_parameters=not self._full
-        )
-        if self._rank == 0:
-            # DeepSpeed leaves copies of its converters; a checkpoint holds data, nothing to be run.
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink(missing_ok=True)
-        files = [path for path in sorted((folder / ZERO_FOLDER).rglob("*")) if path.is_file()]
-        return [path for path in files if _owner(path.relative_to(folder)) == self._rank]
+    def save(self, writer: Writer) -> None:
+        """DeepSpeed's own files below `zero/`; frozen weights come from the base and are left out."""
+        with _handing_over(self._engine, writer):
+            self._engine.save_checkpoint(
+                _NOWHERE, tag=ZERO_FOLDER, save_latest=False, exclude_frozen_parameters=not self._full
+            )
+        if self._engine.zero_nvme_offload_optimizer():
+            source = Path(self._engine.optimizer.optimizer_swapper.swap_folder)
+            name = f"{ZERO_FOLDER}/offloaded_tensors/rank{self._rank:02d}"
+            writer.copy_tree(name, source, wanted=lambda file: "gradient" not in file)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, here or on other ranks or at another stage; needs a fresh engine.
@@ -178,10 +177,44 @@ class DeepSpeedEngine:
         return deepspeed.zero.GatheredParameters([parameter])
 
 
-def _owner(path: Path) -> int:
-    """The rank that wrote one of DeepSpeed's files; what names no rank is rank 0's."""
-    match = _OWNER.search(path.as_posix())
-    return int(match[1]) if match else 0
+class _HandOver:
+    """Takes the place of DeepSpeed's checkpoint engine: what it would have written goes to our writer.
+
+    So no file is opened inside DeepSpeed's collective save, where one rank's full disk would leave the others in its
+    barrier.
+    """
+
+    def __init__(self, theirs: Any, writer: Writer) -> None:
+        self._theirs = theirs
+        self._writer = writer
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Hand one file's content over."""
+        self._writer.write(Path(path).relative_to(_NOWHERE).as_posix(), state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: the writer makes folders."""
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: the writer keeps what a view shows, so that DeepSpeed need not clone it first."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs, name)
+
+
+@contextlib.contextmanager
+def _handing_over(engine: Any, writer: Writer) -> Iterator[None]:
+    """While DeepSpeed saves, nothing of it touches a disk: not its files, its converter scripts, its NVMe copies."""
+    theirs = engine.checkpoint_engine
+    engine.checkpoint_engine = _HandOver(theirs, writer)
+    engine._copy_recovery_script = lambda *_: None
+    engine.zero_nvme_offload_optimizer = lambda: False
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = theirs
+        del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
 
 
 def check_config(candidate: Candidate, ds_config: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
 from launcher.worker.reshape import load_into_torch
 from launcher.worker.saved import TORCH_FILE, shape_of
+from launcher.worker.snapshot import Writer
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,17 +121,16 @@ class TorchEngine:
 
     # --- state ---------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, writer: Writer) -> None:
         """Trainable weights, optimizer and loss scale, by rank 0: the others hold the same."""
         if self._rank != 0:
-            return []
+            return
         state = {
             "weights": self._weights(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
-        torch.save(state, folder / TORCH_FILE)
-        return [folder / TORCH_FILE]
+        writer.write(TORCH_FILE, state)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, here, on other ranks or at another stage; into a fresh engine.

@@ -54,6 +54,7 @@ class Finish:
         state = engine.full_state()
 
         def write() -> dict[str, Any]:
+            self.folder.check()
             path = write_artifact(state or {}, engine.module, self.tokenizer, self.recipe, self.folder)
             faults.at("export", rank=self.place.rank, step=loop.memory.step)
             return verify_artifact(
@@ -99,6 +100,7 @@ class Finish:
             "wall_s": time.monotonic() - self.started_s,
             "finished_time_s": time.time(),
         }
+        self.folder.check()
         write_json(self.folder.result, result)
         self.folder.record("completed", **self.place.names, step=memory.step)
         self.progress.say(f"finished after step {memory.step}: {artifact['path']}")

@@ -11,12 +11,12 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from launcher.errors import JobFailedError
 from launcher.worker import faults
 from launcher.worker.loss import IGNORED, sum_over_ranks, trained_tokens
 from launcher.worker.progress import Progress, step_line
@@ -197,12 +197,19 @@ class Loop:
             # Summed over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
             return [int(self.stop.raised), int(self._save_due(step)), *self.saving.votes(), *_count(batches)]
 
-        result = self.engine.train_step(batches, trained_tokens=expected, learning_rate=rate, step=step, votes=votes)
+        try:
+            result = self.engine.train_step(
+                batches, trained_tokens=expected, learning_rate=rate, step=step, votes=votes
+            )
+        except JobFailedError:  # a loss that is not finite, on every rank: what was good before it is kept
+            self.saving.join()
+            raise
         stop, save, *saving, tokens, counted = result.votes
         if counted != expected:
             raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")
         self._note(step, result, rate, indices, tokens, time.monotonic() - started)
         faults.at("after_step", rank=self.layout.rank, step=step)
+        self.saving.heard(saving)
         return stop > 0, save > 0
 
     def _note(self, step: int, result: Any, rate: float, indices: np.ndarray, tokens: int, seconds: float) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from launcher.planning.plan import Candidate, plan_from_json
 from launcher.recipe.load import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.runs import stacks
+from launcher.runs.fence import claim, replaced
 from launcher.runs.folder import RunFolder, write_json
 from launcher.runs.pulse import Pulse
 from launcher.worker import faults, rendezvous
@@ -85,6 +87,8 @@ def train(
     recipe, candidate = _read(folder, place)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers and datasets in a log file
+    fence = claim(folder, place.attempt) if place.rank == 0 else None
+    folder = replace(folder, guard=fence)
     progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt, pulse=pulse)
     if place.rank == 0:
         folder.record("started", **place.names, world_size=place.world_size, hosts=[place.host])
@@ -112,6 +116,7 @@ def train(
             progress=progress,
             stop=stop,
             started_s=started_s,
+            fence=fence,
         ).work()
 
 
@@ -183,9 +188,14 @@ def _failed(folder: RunFolder, place: Place | None, error: Exception, pulse: Pul
     }
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code still tells
         path = folder.error(place.attempt if place else "unknown", rank)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.errors.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         write_json(path, facts | (place.names if place else {}))
-        folder.record("failed", error=f"{type(error).__name__}: {error}", rank=rank, exit_code=code)
+        if place is None or not replaced(folder, place.attempt):
+            names = place.names if place else {}
+            folder.record("failed", **names, error=f"{type(error).__name__}: {error}", rank=rank, exit_code=code)
+        elif rank == 0:  # the ledger is the newer attempt's now; this is the one line we may leave
+            folder.record("fenced", **place.names, error=str(error))
     return code
 
 

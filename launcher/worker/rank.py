@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import Recipe
+from launcher.runs.fence import Fence
 from launcher.runs.folder import RunFolder
 from launcher.worker import model as models
 from launcher.worker.checkpoint import Checkpoints, Identity
@@ -26,7 +26,9 @@ from launcher.worker.loop import Layout, Loop, Memory, Rhythm
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
 from launcher.worker.rendezvous import device_name
+from launcher.worker.saving import Saving
 from launcher.worker.schedule import learning_rates, total_steps
+from launcher.worker.snapshot import HostMemory
 from launcher.worker.stopping import StopFlag
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Rank:
     stop: StopFlag
     started_s: float
     """time.monotonic() when this process began."""
+    fence: Fence | None = None
+    """This attempt's right to write."""
 
     def work(self) -> str | None:
         """Build, resume, train, and leave a checkpoint (stopped: why) or an artifact and result.json (None)."""
@@ -110,15 +114,32 @@ class Rank:
             zero_stage=self.candidate.zero_stage,
             method=self.candidate.method,
         )
-        return Checkpoints(self.folder.checkpoints, identity, keep=self.recipe.checkpoint.save_total_limit)
+        return Checkpoints(
+            self.folder.checkpoints,
+            identity,
+            keep=self.recipe.checkpoint.save_total_limit,
+            fence=self.fence,
+            memory=HostMemory(ranks_here=self.place.local_world_size),
+            waiting=self.progress.alive,
+        )
+
+    def _saving(self, engine: Engine, checkpoints: Checkpoints) -> Saving:
+        plan = json.loads(self.folder.plan.read_text(encoding="utf-8"))
+        job = json.loads(self.folder.job.read_text(encoding="utf-8")) if self.folder.job.exists() else {}
+        return Saving(
+            checkpoints=checkpoints,
+            engine=engine,
+            extra=lambda: {"adalora": models.adalora_state(engine.module)},
+            background=self.recipe.checkpoint.background is not False,
+            folder=self.folder,
+            place=self.place,
+            progress=self.progress,
+            predicted_s=plan["chosen"].get("save_s"),
+            lead_s=job.get("signal_lead_s"),
+        )
 
     def _loop(self, engine: Engine, checkpoints: Checkpoints, order: Order, device: torch.device, steps: int) -> Loop:
         candidate = self.candidate
-
-        def save(memory: Memory) -> Path:
-            state = {"memory": dataclasses.asdict(memory), "adalora": models.adalora_state(engine.module)}
-            return checkpoints.save(memory.step, engine, state)
-
         tables = {"validation": self.tokens.validation, "retention": self.tokens.retention}
         return Loop(
             engine=engine,
@@ -137,7 +158,7 @@ class Rank:
             learning_rate=learning_rates(
                 candidate.lr_scheduler_type, candidate.learning_rate, candidate.warmup_ratio, steps
             ),
-            save=save,
+            saving=self._saving(engine, checkpoints),
             tracker=self.tracker,
             progress=self.progress,
             stop=self.stop,

@@ -64,7 +64,7 @@ def make_tracker(recipe: Recipe, run: RunFolder, rank: int) -> Tracker:
     """Tracker of this rank; `recipe` is the resolved one. Never raises, never asks, waits INIT_TIMEOUT_S at most."""
     if rank != 0:
         return NullTracker()
-    return FileTracker(run.metrics, mirror=_start_mirror(recipe, run))
+    return FileTracker(run.metrics, mirror=_start_mirror(recipe, run), allowed=run.glance)
 
 
 class FileTracker:
@@ -75,8 +75,12 @@ class FileTracker:
     word for them.
     """
 
-    def __init__(self, path: Path, mirror: WandbMirror | None = None) -> None:
+    def __init__(
+        self, path: Path, mirror: WandbMirror | None = None, *, allowed: Callable[[], None] = lambda: None
+    ) -> None:
+        """`allowed` raises where a newer attempt writes now; the only error that leaves a tracker."""
         self.path = path
+        self.allowed = allowed
         self.mirror = mirror
         self.writing = True
 
@@ -103,6 +107,7 @@ class FileTracker:
         self.mirror = None
 
     def _append(self, line: dict[str, Any]) -> None:
+        self.allowed()
         try:
             append_json_line(self.path, line)
             self.writing = True

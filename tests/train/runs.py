@@ -97,9 +97,17 @@ def losses_at(metrics: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_json_lines(metrics) if line.get("loss") is not None}
 
 
+SAVES = ("saving", "saved", "save_failed")
+
+
 def events(run: RunFolder) -> list[str]:
-    """Names of the ledger's events, in order."""
-    return [line["event"] for line in read_json_lines(run.attempts)]
+    """Names of the ledger's events, in order; those of saves are left out."""
+    return [line["event"] for line in read_json_lines(run.attempts) if line["event"] not in SAVES]
+
+
+def saves(run: RunFolder) -> list[tuple[str, int]]:
+    """The ledger's events of saves, with their steps, in order."""
+    return [(line["event"], line["step"]) for line in read_json_lines(run.attempts) if line["event"] in SAVES]
 
 
 def result(run: RunFolder) -> dict[str, Any]:

@@ -190,14 +190,11 @@ class FakeEngine:
     def __init__(self, *, full_disk: bool = False) -> None:
         self._full_disk = full_disk
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, writer: Any) -> None:
         if self._full_disk:
             raise OSError(28, "No space left on device")
-        (folder / "part").mkdir()
-        files = [folder / "part" / "a.pt", folder / "b.pt"]
-        for file in files:
-            file.write_bytes(b"weights")
-        return files
+        writer.write("part/a.pt", {"weights": b"weights"})
+        writer.write("b.pt", [1, 2, 3])
 
     def load(self, folder: Path) -> None:
         pass

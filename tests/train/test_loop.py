@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,8 +80,8 @@ class FakeEngine:
         self.rates.append(learning_rate)
         if self.during:
             self.during(step)
-        stop, save, *tokens = votes()
-        summed = (stop, save, *(count * self.world for count in tokens))
+        stop, save, *saving, read, trained = votes()
+        summed = (stop, save, *saving, read * self.world, trained * self.world)
         return SimpleNamespace(loss=1.0, grad_norm=1.0, votes=summed, applied=True)
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
@@ -103,6 +102,29 @@ class FakeTracker:
         self.lines.append({"step": step, **numbers})
 
 
+class FakeSaving:
+    """Notes which steps were saved."""
+
+    def __init__(self) -> None:
+        self.saved: list[int] = []
+        self.saved_step = -1
+
+    def votes(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    def heard(self, votes: Any) -> None:
+        assert list(votes) == [0, 0, 0]
+
+    def save(self, memory: Memory) -> None:
+        if memory.step not in self.saved:
+            self.saved.append(memory.step)
+
+    save_last = save
+
+    def join(self) -> None:
+        pass
+
+
 class FakeProgress:
     """Shows nothing."""
 
@@ -113,12 +135,7 @@ class FakeProgress:
 def _loop(engine: FakeEngine, *, rows: int = 8, memory: Memory | None = None, **fields: Any) -> Loop:
     rhythm = {"total_steps": 6, "logging_steps": 1, "eval_steps": None, "save_steps": None, "save_s": None}
     rhythm |= {name: fields.pop(name) for name in list(fields) if name in rhythm}
-    saved: list[int] = []
-
-    def save(state: Memory) -> Path:
-        saved.append(state.step)
-        return Path(f"step-{state.step:06d}")
-
+    saving = FakeSaving()
     values: dict[str, Any] = {
         "engine": engine,
         "train": FakeTable(rows),
@@ -129,14 +146,14 @@ def _loop(engine: FakeEngine, *, rows: int = 8, memory: Memory | None = None, **
         "device": torch.device("cpu"),
         "collate": _collate,
         "learning_rate": lambda step: 0.1 * step,
-        "save": save,
+        "saving": saving,
         "tracker": FakeTracker(),
         "progress": FakeProgress(),
         "stop": StopFlag(),
         "memory": memory or Memory(),
     }
     loop = Loop(**(values | fields))
-    loop.saved = saved  # type: ignore[attr-defined]
+    loop.saved = saving.saved  # type: ignore[attr-defined]
     return loop
 
 
