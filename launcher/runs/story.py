@@ -31,7 +31,7 @@ def trouble(events: Events) -> str | None:
     for told in (_decided, _hung, _killed, _failed):
         found = next((words for event in recent if (words := told(event))), None)
         if found is not None:
-            return found
+            return _line(found)
     return None
 
 
@@ -39,11 +39,8 @@ def decision(events: Events) -> str | None:
     """Why the run is not started again; None unless that was decided since the last start."""
     for event in since_last_start(events)[::-1]:
         if event.get("event") == "decided":
-            return (
-                f"not started again: {event['reason']}"
-                if event.get("action") == "stop" and event.get("reason")
-                else None
-            )
+            stops = event.get("action") == "stop" and event.get("reason")
+            return f"not started again: {_line(event['reason'])}" if stops else None
     return None
 
 
@@ -53,7 +50,7 @@ def coming_back(events: Events) -> str | None:
         if event.get("event") == "submitted" and event.get("purpose") == "resume":
             return None
         if event.get("event") == "decided" and event.get("sentence"):
-            return f"attempt {event.get('attempt')} {_line(event['sentence'])}"
+            return _line(f"attempt {event.get('attempt')} {event['sentence']}")
     return None
 
 
