@@ -16,15 +16,15 @@ TEMPORARY where Slurm did not answer. Otherwise srun's, whatever happens here.
 
 from __future__ import annotations
 
-import os
 import signal
 
-for _number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):  # Slurm ends the job; these words come first
-    signal.signal(_number, signal.SIG_IGN)
+if __name__ == "__main__":  # Slurm may be ending the job by now; these words come first
+    for _number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(_number, signal.SIG_IGN)
 
-# ruff: noqa: E402
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -103,6 +103,17 @@ def limits_of(run: RunFolder, *, local: bool = False) -> Limits:
         return Limits.of(load_recipe(run.resolved), accumulation=accumulation, local=local)
     except (LauncherError, OSError):
         return Limits(other_nodes=not local)
+
+
+def change(run: RunFolder, decision: Decision) -> Decision:
+    """Make the plan what the decision says; a decision to stop where that cannot be done."""
+    if not decision.again or decision.changes.micro_batch is None:
+        return decision
+    try:
+        use_micro_batch(run, decision.changes.micro_batch)
+    except (LauncherError, OSError, ValueError, KeyError) as error:
+        return Decision(action=Action.STOP, reason=f"the plan could not be made smaller: {error}")
+    return decision
 
 
 def claim(run: RunFolder, attempt: str) -> bool:
@@ -213,13 +224,9 @@ def _act(run: RunFolder, start: Start, decision: Decision, slurm: JobView | None
     Raises:
         TemporaryError: Slurm does not answer.
     """
+    decision = change(run, decision)
     if not decision.again:
         return decision
-    if decision.changes.micro_batch is not None:
-        try:
-            use_micro_batch(run, decision.changes.micro_batch)
-        except (LauncherError, OSError) as error:
-            return Decision(action=Action.STOP, reason=f"the plan could not be made smaller: {error}")
     if returning:
         return replace(decision, action=Action.WAIT)
     allowed = slurm is None or slurm.requeue
@@ -311,9 +318,8 @@ def _decide_late(run: RunFolder, last: Start) -> tuple[str, str] | None:
     state = earlier_state(last.job_id, last.restart)
     slurm = None if state is None else JobView(job_id=last.job_id, state=state, preempted=state == "PREEMPTED")
     diagnosis, decision = conclude(run, last.attempt, exit_code=None, slurm=slurm)
+    decision = change(run, decision)
     if decision.again:
-        if decision.changes.micro_batch is not None:
-            use_micro_batch(run, decision.changes.micro_batch)
         decision = replace(decision, action=Action.WAIT)
     write_down(run, last.attempt, diagnosis, decision, late=True)
     return None if decision.again else (diagnosis.cause.value, decision.reason)

@@ -103,13 +103,6 @@ def nodes_there(partition: str | None) -> int | None:
     return sum(int(count) for count in counts)
 
 
-def held_words(state: str, reason: str | None, job_id: str) -> str | None:
-    """What to do about a job that came back but is held; None when it is not."""
-    if state in ("REQUEUE_HOLD", "SPECIAL_EXIT") or reason in ("JobHeldUser", "launch_failed_requeued_held"):
-        return f"scontrol release {job_id}"
-    return None
-
-
 def stored_request(job: Mapping[str, object]) -> JobRequest | None:
     """The request of job.json; None where another version wrote it."""
     document = job.get("request")

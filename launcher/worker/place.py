@@ -17,6 +17,9 @@ from launcher.errors import ClusterError
 SUPERVISOR = "LAUNCHER_SUPERVISOR"
 """Set by a rank's supervisor, its process number first: both must give an attempt of one rank the same name."""
 
+RESTART = "LAUNCHER_RESTART"
+"""Environment variable with the number of this start of a job that Slurm did not start; the first is 0."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -105,7 +108,7 @@ def _submitit_local(environ: Mapping[str, str]) -> Place:
         nodes=1,
         host=socket.gethostname(),
         job_id=job_id,
-        attempt=f"{job_id}.0",
+        attempt=f"{job_id}.{_number(environ, RESTART, 0)}",
     )
 
 
@@ -114,6 +117,7 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
     local_world = _number(environ, "LOCAL_WORLD_SIZE", world)
     rank = _number(environ, "RANK")
     job_id = environ.get("TORCHELASTIC_RUN_ID") or f"local-{environ.get('MASTER_PORT', '0')}"
+    restart = environ.get(RESTART) or environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Place(
         rank=rank,
         world_size=world,
@@ -123,7 +127,7 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
         nodes=-(-world // local_world),
         host=socket.gethostname(),
         job_id=re.sub(r"[^A-Za-z0-9._-]", "-", job_id),
-        attempt=re.sub(r"[^A-Za-z0-9._-]", "-", f"{job_id}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"),
+        attempt=re.sub(r"[^A-Za-z0-9._-]", "-", f"{job_id}.{restart}"),
     )
 
 

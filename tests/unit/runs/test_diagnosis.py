@@ -141,7 +141,7 @@ LIMIT_FAR = view(end_s=time.time() + 5000)
     ],
 )
 def test_why_the_ranks_were_told_to_stop_is_slurms_to_say(story: Story, slurm: JobView | None, cause: Cause) -> None:
-    """The same signal and the same agreed stop: only Slurm's answer tells preemption, limit, requeue and cancel apart."""
+    """The same signal, the same agreed stop: only Slurm's answer tells preemption, limit, requeue and cancel apart."""
     story.starts().stops(12)
     found = diagnosed(story, exit_code=0, slurm=slurm)
     assert found.cause == cause

@@ -209,3 +209,59 @@ def test_threads_and_environment_reach_the_ranks(ranks: FakeRanks) -> None:
                       env={"OMP_NUM_THREADS": "3"})  # fmt: skip
     status.wait(run, timeout_s=LIMIT_S)
     assert list(status.follow_logs(run)) == ["3||"]
+
+
+# ---------------------------------------------------------------- again
+
+
+def decisions(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Number of the attempt, cause and action of every decision in the ledger."""
+    lines = [event for event in read_json_lines(run.attempts) if event["event"] == "decided"]
+    return [(line["attempt"].split(".")[1], line["cause"], line["action"]) for line in lines]
+
+
+def test_killed_ranks_are_started_again_with_a_new_number(ranks: FakeRanks) -> None:
+    """A rank that is killed from outside is no reason to give up; the second attempt knows that it is the second."""
+    run = ranks.start(
+        "[ $LAUNCHER_RESTART = 1 ] && { [ $rank = 0 ] && echo {} > $run/result.json; exit 0; }; "
+        "[ $rank = 1 ] && kill -9 $$; exec sleep 600"
+    )
+    assert status.wait(run, timeout_s=LIMIT_S + local.PEERS_MAY_FINISH_S).state == "COMPLETED"
+    until(lambda: len(decisions(run)) == 2)
+    assert decisions(run) == [("0", "rank_killed", "requeue"), ("1", "finished", "finish")]
+
+
+def test_ranks_that_keep_dying_are_not_started_for_ever(ranks: FakeRanks) -> None:
+    """Three attempts without a checkpoint end the run, and the reason is written down."""
+    run = ranks.start("kill -SEGV $$", ranks=1)
+    with pytest.raises(JobFailedError):
+        status.wait(run, timeout_s=LIMIT_S)
+    assert decisions(run) == [("0", "crashed", "requeue"), ("1", "crashed", "requeue"), ("2", "crashed", "stop")]
+    assert "crash loop: 3 attempts" in str([line.get("reason") for line in read_json_lines(run.attempts)])
+
+
+def test_a_users_error_is_not_tried_again(ranks: FakeRanks) -> None:
+    """The exit code of a data error ends the run at once."""
+    run = ranks.start("exit 3", ranks=1)
+    with pytest.raises(JobFailedError):
+        status.wait(run, timeout_s=LIMIT_S)
+    assert decisions(run) == [("0", "data_error", "stop")]
+
+
+def test_a_cancelled_run_does_not_come_back(ranks: FakeRanks) -> None:
+    """Cancelled while its ranks die again and again: the next start does not happen."""
+    run = ranks.start("echo x >> $run/starts; exec sleep 600", ranks=1)
+    until(lambda: (run.path / "starts").exists())
+    status.cancel(run)
+    assert status.run_status(run).state == "CANCELLED"
+    assert (run.path / "starts").read_text() == "x\n"
+
+
+def test_nothing_that_a_rank_started_outlives_it(ranks: FakeRanks) -> None:
+    """A child in a session of its own, deaf to SIGTERM, ends with the attempt of its rank."""
+    run = ranks.start("setsid bash -c 'trap \"\" TERM; echo $$ > '$run'/child; sleep 600' & "
+                      "while [ ! -s $run/child ]; do sleep 0.1; done; exit 3", ranks=1)  # fmt: skip
+    with pytest.raises(JobFailedError):
+        status.wait(run, timeout_s=LIMIT_S)
+    child = int((run.path / "child").read_text())
+    until(lambda: identify(child) is None)
