@@ -18,7 +18,7 @@ from tests.cluster.conftest import HOW
 from tests.faults.bed import FaultBed, LocalBed, make_local_bed
 from tests.faults.report import Row
 
-OUTCOME = pytest.StashKey[pytest.TestReport]()
+OUTCOME = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
@@ -81,19 +81,22 @@ def slurm_reference(slurm_bed: FaultBed, references: dict[tuple[str, str], RunFo
 
 
 @pytest.fixture
-def row(request: pytest.FixtureRequest) -> Iterator[Row]:
+def row(request: pytest.FixtureRequest) -> Row:
     """The test's row in the table of results; its verdict is the test's own outcome."""
-    row = Row(test=request.node.name)
-    yield row
-    report = request.node.stash.get(OUTCOME, None)
-    row.verdict = "not run" if report is None else {"passed": "held", "failed": "BROKEN"}.get(report.outcome, "skipped")
-    row.write()
+    return Row(test=request.node.name)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Keep the outcome where the `row` fixture finds it."""
+    """Write the row when the test is over, also where a fixture before it failed."""
     report = yield
-    if report.when == "call" or report.outcome != "passed":
-        item.stash.setdefault(OUTCOME, report)
+    if "row" not in getattr(item, "fixturenames", ()):
+        return report
+    outcome = item.stash.get(OUTCOME, "passed")
+    if outcome == "passed":
+        item.stash[OUTCOME] = report.outcome
+    if report.when == "teardown":
+        row = getattr(item, "funcargs", {}).get("row") or Row(test=item.name)
+        row.verdict = {"passed": "held", "failed": "BROKEN"}.get(item.stash[OUTCOME], "skipped")
+        row.write()
     return report
