@@ -96,7 +96,7 @@ def open_saved(checkpoint: Path) -> Saved:
 
     Raises:
         JobFailedError: shards are missing or disagree.
-        ConflictError: the states cannot be cut elsewhere (8-bit optimizers).
+        ConflictError: the states cannot be cut elsewhere (8-bit optimizers, NVMe).
     """
     return _whole(checkpoint / TORCH_FILE) if (checkpoint / TORCH_FILE).exists() else _zero(checkpoint / ZERO_FOLDER)
 
@@ -132,6 +132,8 @@ def _whole(path: Path) -> Saved:
 
 
 def _zero(folder: Path) -> Saved:
+    if (folder / "offloaded_tensors").exists():
+        raise ConflictError("states on NVMe stay with the ranks that wrote them; resume on those, at the same stage")
     shards = [_map(path)["optimizer_state_dict"] for path in _shards(folder)]
     model = _map(_first(folder, "*mp_rank_00_model_states.pt"))
     stage = int(shards[0]["zero_stage"])

@@ -8,6 +8,7 @@ additions only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from launcher.errors import ConflictError, JobFailedError
 from launcher.planning.deepspeed_config import deepspeed_config
@@ -61,13 +63,13 @@ def _recipe(workshop: Path, method: str, steps: int, **train: Any) -> Recipe:
     return make_recipe(workshop, method=method, train={"max_steps": steps} | train, checkpoint=saving)
 
 
-def _chain(groups: Groups, recipe: Recipe, shapes: list[Candidate]) -> RunFolder:
-    """One run over all shapes in turn, STEPS_EACH steps each; the last one ends it."""
+def _chain(groups: Groups, recipe: Recipe, shapes: list[Candidate], steps_each: int = STEPS_EACH) -> RunFolder:
+    """One run over all shapes in turn, as many steps each; the last one ends it."""
     run = make_run(recipe, shapes[0])
     for attempt, candidate in enumerate(shapes):
         replan(run, recipe, candidate)
         last = candidate is shapes[-1]
-        groups(candidate.world_size).run(train_here, run.path, f"job.{attempt}", None if last else STEPS_EACH)
+        groups(candidate.world_size).run(train_here, run.path, f"job.{attempt}", None if last else steps_each)
     return run
 
 
@@ -120,6 +122,36 @@ def test_the_stage_may_change_with_the_ranks(groups: Groups, workshop: Path) -> 
     run = _chain(groups, _recipe(workshop, "full", 4 * STEPS_EACH), shapes)
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert [line["to_stage"] for line in read_json_lines(run.attempts) if line["event"] == "reshaped"] == [3, 1, 0]
+
+
+def test_in_half_precision_the_stage_may_change_too(groups: Groups, workshop: Path) -> None:
+    """Plain torch's fp32 weights are ZeRO's masters, and back; what is multiplied in bf16 rounds, and only rounds."""
+    expected = _uninterrupted(groups, workshop, "full", segments=2, precision="bf16")
+    shapes = [
+        candidate_for(world, stage, method="full", precision="bf16")
+        for world, stage in ((2, 0), (1, 2), (2, 3), (1, 0))
+    ]
+    run = _chain(groups, _recipe(workshop, "full", 2 * STEPS_EACH), shapes, steps_each=1)
+    assert losses(run) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_weight_with_two_names_moves_once(groups: Groups, workshop: Path) -> None:
+    """With tied embeddings the output layer is the embedding; every stage counts it once."""
+    recipe = _recipe(workshop / "tied", "full", 3 * STEPS_EACH)
+    _tie(Path(recipe.model.name_or_path))
+    straight = make_run(recipe, candidate_for(2, 0, method="full"))
+    groups(2).run(train_here, straight.path)
+    shapes = [candidate_for(world, stage, method="full") for world, stage in ((2, 3), (4, 1), (2, 3))]
+    assert losses(_chain(groups, recipe, shapes)) == pytest.approx(losses(straight), rel=1e-5)
+
+
+def _tie(model: Path) -> None:
+    """Make the tiny model's output layer its embedding."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 ACCUMULATION = {
