@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import TemporaryError
 from launcher.planning.prepare import Planned
 from launcher.planning.search import resolve
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import AUTO, Recipe
 from launcher.runs.folder import RunFolder
 from launcher.runs.preflight import check
+from launcher.runs.slurm import controller_is_away
 from launcher.runs.status import runs_folder
 from launcher.runs.submission import JobRequest, create_run, describe, job_request
 
@@ -30,9 +33,24 @@ class Launched:
 
 def _checked(planned: Planned) -> tuple[Recipe, Path, tuple[str, ...]]:
     """Resolve the recipe and check all that needs no job; returns it, the folder for its run, and notices."""
+    _refuse_by_accident_here(planned)
     recipe = resolve(planned.recipe, planned.plan)
     parent = _parent(recipe)
     return recipe, parent, tuple(check(recipe, planned.plan, planned.site, parent))
+
+
+def _refuse_by_accident_here(planned: Planned) -> None:
+    """A recipe that names no site is meant for the cluster; while its controller is away this is no reason to run here.
+
+    Raises:
+        TemporaryError: Slurm is set up on this machine and does not answer.
+    """
+    named = planned.recipe.slurm.site != AUTO or os.environ.get("LAUNCHER_SITE")
+    if planned.site.executor == "local" and not named and (words := controller_is_away()) is not None:
+        raise TemporaryError(
+            f"Slurm is set up here and its controller does not answer ({words}), so nothing was submitted; try again "
+            "later, or run on this machine with: launcher submit --local"
+        )
 
 
 def create(planned: Planned) -> Launched:

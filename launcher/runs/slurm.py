@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import ClusterError, TemporaryError
-from launcher.facts.command import run_command, run_slurm
+from launcher.facts.command import is_temporary, run_command, run_slurm
 from launcher.facts.probe import user_name
 
-__all__ = ["ACTIVE", "SlurmJob", "cancel_job", "find_jobs", "find_named", "run_slurm"]
+__all__ = ["ACTIVE", "SlurmJob", "cancel_job", "controller_is_away", "find_jobs", "find_named", "run_slurm"]
 
 ACTIVE = frozenset(
     {
@@ -210,6 +210,16 @@ def _scontrol(job_id: str) -> SlurmJob | None:
         exit_code=fields.get("ExitCode"),
         restarts=int(restarts) if restarts.isdecimal() else None,
     )
+
+
+def controller_is_away() -> str | None:
+    """What Slurm's commands say when a cluster is set up here and its controller does not answer; None otherwise."""
+    try:
+        ran = run_command(["sinfo", "--noheader", "--format=%R"], timeout_s=30)
+    except TemporaryError as error:
+        return error.problems[0] if "did not answer" in error.problems[0] else None
+    away = ran.returncode != 0 and is_temporary(ran.words) and "configuration source" not in ran.words.lower()
+    return ran.words if away else None
 
 
 def normal_state(text: str) -> str:
