@@ -181,10 +181,17 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
             **between,
         ),
         Moment(
+            name="backward of the head",
+            activations=stored,
+            logits=DTYPE_BYTES[candidate.precision] * model.vocab * tokens if stack.logits is None else 0,
+            gathered=_gathered(model, candidate, stack, "head"),
+            **between,
+        ),
+        Moment(
             name="backward of one layer",
             activations=stored + working + left_behind,
             gathered=_gathered(model, candidate, stack, "layer"),
-            **between,
+            **{**between, "gradients": max(state.gradients_between, _head_gradient(model, candidate, stack, state))},
         ),
         Moment(
             name="end of backward",
@@ -206,6 +213,13 @@ def moments(model: ModelShape, candidate: Candidate, stack: StackProfile = OUR_S
     return [*found, *_loading(model, candidate, stack)]
 
 
+def _head_gradient(model: ModelShape, candidate: Candidate, stack: StackProfile, state: States) -> float:
+    """The head's gradient is there before that of any layer (other stacks have it among their gathered weights)."""
+    if candidate.method != "full" or stack.trained_bytes is not None or candidate.offload_optimizer != "none":
+        return 0.0
+    return state.gradients * model.vocab * model.hidden / model.params
+
+
 def _gradients_before_first_layer(model: ModelShape, candidate: Candidate, state: States) -> float:
     """Gradients that exist when backward reaches the first layer: its own and the embedding's are still to come."""
     if candidate.method != "full":
@@ -222,17 +236,23 @@ def _loading(model: ModelShape, candidate: Candidate, stack: StackProfile) -> li
 
 
 def _gathered(model: ModelShape, candidate: Candidate, stack: StackProfile, when: str) -> float:
-    """Whole weights alive beyond the resident ones, at the end of forward, at the loss's or a layer's backward."""
+    """Whole weights alive beyond the resident ones: at the end of forward, at the loss's, head's or a layer's backward.
+
+    Where weights are trained, the gradient of the unit at work is there whole before it is reduced.
+    """
     size = DTYPE_BYTES[candidate.precision]
     total = 0.0
     if stack.sharding == "fsdp" and candidate.zero_stage >= 2:
         total += _fsdp_live(model, candidate, stack, when)
     elif candidate.zero_stage == 3:
         total += _zero3_live(model, candidate, stack, head=when != "layer")
+        total += size * model.layer_params if when == "layer" and candidate.method == "full" else 0
     elif is_autocast(candidate, stack):
         total += size * _autocast_casts(model, candidate, when)
     elif stack.adapter_bytes is None:
         total += size * _adapter_casts(model, candidate, when)
+    if when == "head" and candidate.method == "full":
+        total += size * model.vocab * model.hidden
     if when == "layer" and candidate.zero_stage == 0 and stack.trained_bytes is not None and candidate.method == "full":
         total += stack.trained_bytes * model.vocab * model.hidden  # the head's gradient is there first
     total += _merged_experts(model, candidate, stack, when)
@@ -293,7 +313,7 @@ def _autocast_casts(model: ModelShape, candidate: Candidate, when: str) -> int:
     head = model.vocab * model.hidden
     if not candidate.gradient_checkpointing:
         return model.matmul_params - (head if when == "layer" else 0) + down
-    return head if when == "loss" else model.layer_params + down
+    return model.layer_params + down if when == "layer" else head
 
 
 def _adapter_casts(model: ModelShape, candidate: Candidate, when: str) -> float:
@@ -307,16 +327,12 @@ def _adapter_casts(model: ModelShape, candidate: Candidate, when: str) -> float:
 
 
 def _zero3_live(model: ModelShape, candidate: Candidate, stack: StackProfile, *, head: bool) -> float:
-    """Gathered parameters: bounded by max_live, never less than one layer (or the head) and what is prefetched.
-
-    Where the unit is trained its gradients appear whole before they are reduced and partitioned.
-    """
-    size, buckets = DTYPE_BYTES[candidate.precision], candidate.buckets
+    """Gathered parameters: bounded by max_live, never less than one layer (or the head) and what is prefetched."""
+    buckets = candidate.buckets
     unit = model.vocab * model.hidden if head else model.layer_params
     live = min(model.params, max(unit, buckets.max_live_elements) + buckets.prefetch_elements)
     per_param = weight_bytes(model, candidate, stack) / model.params
-    whole_gradients = size * unit if candidate.method == "full" else 0
-    return live * per_param + whole_gradients
+    return live * per_param
 
 
 def _bucket_bytes(model: ModelShape, candidate: Candidate, stack: StackProfile) -> float:

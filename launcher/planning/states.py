@@ -120,6 +120,8 @@ def _torch_states(model: ModelShape, candidate: Candidate, stack: StackProfile) 
         gradients *= 2
     optimizer = optimizer_moment_bytes(candidate, size, stack) * shard
     temporary = size * shard if _is_foreach(candidate, stack) else 0.0
+    if _is_per_tensor(candidate, stack):
+        temporary = 2.0 * size * min(shard, largest_trained_tensor(model, candidate))
     if candidate.offload_optimizer != "none":
         gradients, optimizer, temporary = 0.0, 0.0, 0.0
     if candidate.offload_param != "none":
@@ -143,7 +145,28 @@ def _is_foreach(candidate: Candidate, stack: StackProfile) -> bool:
     """Multi-tensor AdamW holds one more parameter-sized list on a GPU; fused and per-tensor updates do not."""
     if stack.optimizer_in_backward or candidate.device != "cuda":
         return False
-    return candidate.optim == "adamw_torch" if stack.foreach is None else stack.foreach
+    return bool(stack.foreach)
+
+
+def _is_per_tensor(candidate: Candidate, stack: StackProfile) -> bool:
+    """Our worker's plain AdamW updates one tensor after the other: `fused=False` rules out multi-tensor updates too.
+
+    Its denominator stands twice while it is made (root of the second moment, then that divided and shifted;
+    torch/optim/adam.py, _single_tensor_adam).
+    """
+    return stack.foreach is None and candidate.optim == "adamw_torch"
+
+
+def largest_trained_tensor(model: ModelShape, candidate: Candidate) -> int:
+    """Elements of the largest single tensor the optimizer updates: embedding, linear layer, fused experts, adapter."""
+    if candidate.method == "full":
+        matrices = [linear.in_features * linear.out_features for linear in model.linears]
+        experts = model.experts * (2 if model.gated_mlp else 1) * model.hidden * model.intermediate
+        return max(model.vocab * model.hidden, experts, *matrices)
+    if candidate.lora is None:
+        return trainable_params(model, candidate)
+    sides = [max(linear.in_features, linear.out_features) for linear in model.linears]
+    return candidate.lora.r * max([model.hidden, *sides])
 
 
 def secondary_partition_bytes(model: ModelShape, candidate: Candidate) -> float:
@@ -175,7 +198,11 @@ def _zero_states(model: ModelShape, candidate: Candidate, stack: StackProfile) -
     shard = trained / ranks
     optimizer = (4 + optimizer_moment_bytes(candidate, stack=stack)) * shard if on_device else 0.0
     # The step works on fp32 gradients, flattened: of the whole shard in stages 1-2, of one sub-group in stage 3.
-    temporary = 4 * (min(shard, candidate.buckets.sub_group_elements) if stage == 3 else shard) if on_device else 0.0
+    flat = 4 * (min(shard, candidate.buckets.sub_group_elements) if stage == 3 else shard) if on_device else 0.0
+    temporary = flat
+    if _is_per_tensor(candidate, stack):
+        # Stages 1 and 2 let go of their gradients once they are flat; stage 3 keeps them.
+        temporary = max(flat, 3 * flat - (gradients if stage < 3 else 0.0))
     return States(
         weights=weights,
         gradients=gradients,

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -188,16 +188,20 @@ def make_folder(model: str, device: str, parent: Path) -> Path:
     folder = parent / model.replace("/", "--")
     if folder.exists():
         return folder
-    config = CPU_MODEL
-    if model != "cpu-17m":
-        from launcher.planning.trace import model_config
-
-        config = model_config(ModelSection(name_or_path=model))
     process = _process({})
-    process.communicate(json.dumps({"make": str(folder), "config": config, "device": device}))
+    process.communicate(json.dumps({"make": str(folder), "config": config_of(model), "device": device}))
     if process.returncode:
         raise RuntimeError(_last_line(process))
     return folder
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """What config.json of a measured model holds."""
+    if model == "cpu-17m":
+        return CPU_MODEL
+    from launcher.planning.trace import model_config
+
+    return model_config(ModelSection(name_or_path=model))
 
 
 def measure(plan: Plan, recipe: Recipe, device: str) -> dict[str, Any]:
@@ -328,6 +332,27 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def predicted_again(row: dict[str, Any], device: str, parent: Path) -> dict[str, Any]:
+    """A measured row with the prediction of today's formulas; what was measured stays as it was.
+
+    Raises:
+        ValueError: today's planner would run the point in another way, so that it has to be measured anew.
+    """
+    point = Point(**{field.name: row[field.name] for field in fields(Point)})
+    folder = parent / point.model.replace("/", "--")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_of(point.model)), encoding="utf-8")
+    # A row says which precision was chosen, a point which one was asked for.
+    asked = "auto" if point.name != row["point"] else point.precision
+    point = replace(point, precision=asked)
+    chosen = predict(recipe_of(point, folder), site_of(device, point.ranks)).chosen
+    fresh = row_of(point, chosen, row["measured"], row["failed"])
+    changed = [key for key in ("precision", "gpu", "optim", "attn_implementation") if fresh[key] != row[key]]
+    if changed:
+        raise ValueError(f"{row['point']}: {', '.join(changed)} changed since it was measured; measure it again")
+    return {"machine": row["machine"], "date": row["date"], **fresh}
+
+
 # ---------------------------------------------------------------- table
 
 
@@ -375,14 +400,32 @@ def _summary(good: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     )
 
 
+def renew(target: Path, device: str) -> int:
+    """Write a file of rows anew with today's predictions, the newest row of every point, and its table."""
+    newest = {row["point"]: row for row in map(json.loads, target.read_text(encoding="utf-8").splitlines())}
+    with tempfile.TemporaryDirectory(prefix="bench-") as parent:
+        rows = [predicted_again(row, device, Path(parent)) for row in newest.values()]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    renewed = f"Predictions renewed with `--again` on {time.strftime('%Y-%m-%d', time.gmtime())}; nothing else changed."
+    text = table(rows, rows[0]["machine"], rows[0]["date"]).rstrip("\n")
+    target.with_suffix(".md").write_text(f"{text}\n\n{renewed}\n", encoding="utf-8")
+    print(f"{target.name}: {_summary([row for row in rows if row['measured']], rows)}")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Run the grid, append every row as soon as it is known, write the table."""
     parser = argparse.ArgumentParser(prog="scripts/bench memory", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="points whose name contains this")
     parser.add_argument("--list", action="store_true", help="print names and stop")
+    parser.add_argument(
+        "--again", type=Path, help="measure nothing: renew the predictions beside a file's measurements"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder for both files")
     options = parser.parse_args(arguments)
+    if options.again:
+        return renew(options.again, options.device)
     points = [point for point in grid(options.device) if options.only in point.name]
     if options.list or not points:
         print("\n".join(point.name for point in points) or f"no point's name contains {options.only!r}")

@@ -71,8 +71,8 @@ def test_a_point_is_measured_and_compared(written):
     # 17 M fp32 weights, gradients and two moments are 16 bytes each.
     assert row["measured"]["peak_bytes"] > 15 * 16.5e6
     assert row["error"] == pytest.approx(row["predicted"]["expected_bytes"] / row["measured"]["peak_bytes"] - 1)
-    # This test is of the measurement, not of the model: at 17 M parameters one tensor's temporaries in Adam show.
-    assert abs(row["error"]) < 0.15
+    # At 17 M parameters two temporaries of the largest tensor in Adam's update show.
+    assert abs(row["error"]) < 0.03
 
 
 def test_the_table_says_what_the_rows_say(written):
@@ -81,6 +81,29 @@ def test_the_table_says_what_the_rows_say(written):
     assert f"| {POINT} | fp32 |" in table
     assert "1 of 1 points measured" in table
     assert "live storages of real tensors" in table
+
+
+def test_predictions_are_renewed_beside_what_was_measured(written, tmp_path):
+    """`--again` runs nothing: the measurement stays, the prediction is today's, also where an old one was wrong."""
+    (source,) = written.glob("memory-*.jsonl")
+    row = json.loads(source.read_text())
+    outdated = row | {"error": 0.5, "predicted": row["predicted"] | {"expected_bytes": 1}}
+    target = tmp_path / source.name
+    target.write_text(json.dumps(outdated) + "\n")
+    assert bench.main(["--again", str(target)]) == 0
+    renewed = json.loads(target.read_text())
+    assert renewed["measured"] == row["measured"]
+    assert renewed["predicted"]["expected_bytes"] == row["predicted"]["expected_bytes"]
+    assert renewed["error"] == pytest.approx(row["error"])
+
+
+def test_a_point_that_is_planned_otherwise_now_has_to_be_measured_again(written, tmp_path):
+    """A prediction for another optimizer says nothing about what was measured."""
+    (source,) = written.glob("memory-*.jsonl")
+    target = tmp_path / source.name
+    target.write_text(json.dumps(json.loads(source.read_text()) | {"optim": "sgd"}) + "\n")
+    with pytest.raises(ValueError, match="measure it again"):
+        bench.main(["--again", str(target)])
 
 
 def test_a_point_that_fails_is_a_row_with_its_error(tmp_path, monkeypatch, capsys):

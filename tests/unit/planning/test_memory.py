@@ -146,6 +146,35 @@ def test_states_in_bytes_per_parameter(fields, bytes_per_parameter):
     assert total / shape.params == pytest.approx(bytes_per_parameter, abs=0.002)
 
 
+@pytest.mark.parametrize(
+    ("fields", "tensors"),
+    [
+        ({"zero_stage": 0, "gpus_per_node": 1, "optim": "adamw_torch_fused"}, 0),
+        ({"zero_stage": 0, "gpus_per_node": 1, "optim": "adamw_torch"}, 2),
+        ({"zero_stage": 0, "gpus_per_node": 1, "optim": "adamw_8bit"}, 0),
+    ],
+)
+def test_plain_adamw_makes_its_denominator_one_tensor_at_a_time(fields, tensors):
+    """Two temporaries of the largest tensor (Llama-3-8B: the embedding), where fused and 8-bit updates have none."""
+    shape = SHAPES[LLAMA_8B]
+    state = states(shape, candidate(shape, precision="fp32", **fields))
+    assert state.step_temporary == tensors * 4 * shape.vocab * shape.hidden
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_plain_adamw_on_a_flat_shard_makes_it_whole(stage):
+    """DeepSpeed's master is one flat tensor: fp32 gradients and two temporaries of the shard stand at once.
+
+    Stages 1 and 2 have let go of the gradients that were flattened.
+    """
+    shape = SHAPES["Qwen/Qwen2.5-0.5B"]
+    each = candidate(shape, zero_stage=stage, gpus_per_node=8, optim="adamw_torch")
+    state = states(shape, each)
+    shard = shape.params / 8
+    gone = 0 if stage == 3 else state.gradients
+    assert state.step_temporary == max(4 * shard, 12 * shard - gone)
+
+
 # ---------------------------------------------------------------- JSON
 
 
