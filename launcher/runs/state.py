@@ -104,8 +104,16 @@ class Evidence:
 
     @property
     def cancelled(self) -> bool:
-        """Whether this job was cancelled through the launcher."""
-        return any(e.get("event") == "cancelled" and str(e.get("job_id")) == self.job_id for e in self.events)
+        """Whether this job was cancelled through the launcher, and not put back by hand after that."""
+        cancelled = False
+        for event in self.events:
+            if str(event.get("job_id")) != self.job_id:
+                continue
+            if event.get("event") == "cancelled":
+                cancelled = True
+            elif event.get("event") == "started" and not str(event.get("attempt", ".0")).endswith(".0"):
+                cancelled = False
+        return cancelled
 
     @property
     def first_failure(self) -> str | None:

@@ -17,7 +17,7 @@ from launcher.runs.adoption import adopt, controller_of, lost_jobs
 from launcher.runs.folder import RunFolder
 from launcher.runs.lock import hold, holder
 from launcher.runs.process import end_session
-from launcher.runs.slurm import SlurmJob, cancel_job, find_jobs
+from launcher.runs.slurm import SlurmJob, cancel_job, find_jobs, find_named
 from launcher.runs.state import Evidence, State, judge, read_evidence
 
 _GRACE_S = 15.0
@@ -242,10 +242,23 @@ def cancel(run: RunFolder) -> str:
         return f"{run.run_id} is being cancelled already (job {evidence.job_id})"
     if evidence.cluster == "local":
         _cancel_local(evidence)
+        jobs = [evidence.job_id]
     else:
-        cancel_job(evidence.job_id)
-        run.record("cancelled", job_id=evidence.job_id)
-    return f"cancelled {run.run_id} (job {evidence.job_id}); checkpoints stay in {run.checkpoints}"
+        jobs = _cancel_in_queue(run, evidence.job_id)
+    return f"cancelled {run.run_id} (job {', '.join(jobs)}); checkpoints stay in {run.checkpoints}"
+
+
+def _cancel_in_queue(run: RunFolder, job_id: str) -> list[str]:
+    """End the newest job, and whatever else waits or runs under the run's name (a follow-up, its predecessor)."""
+    try:
+        others = [job.job_id for job in find_named([run.run_id]).get(run.run_id, []) if job.active]
+    except LauncherError:
+        others = []
+    jobs = list(dict.fromkeys([job_id, *others]))
+    for each in jobs:
+        cancel_job(each)
+        run.record("cancelled", job_id=each)
+    return jobs
 
 
 def _cancel_local(evidence: Evidence) -> None:

@@ -306,6 +306,27 @@ def test_cancel_needs_the_controller(run: RunFolder, fake_slurm: FakeSlurm) -> N
         status.cancel(run)
 
 
+def test_cancel_ends_every_job_of_the_run(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """A follow-up waits while the job before it still ends: neither may train on."""
+    run.record("submitted", job_id="43", purpose="follow_up")
+    lines = "43|PENDING||N/A|Dependency\n" + "".join(
+        f"{run.run_id}|{job}|{state}|node1|N/A|None\n"
+        for job, state in (("41", "FAILED"), ("42", "RUNNING"), ("43", "PENDING"))
+    )
+    fake_slurm.say("squeue", lines)
+    assert "job 43, 42" in status.cancel(run)
+    assert fake_slurm.calls("scancel") == [["43"], ["42"]]
+
+
+def test_a_cancelled_job_that_was_put_back_by_hand_runs(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """`scontrol requeue` after a cancel is somebody's wish; the old cancel does not describe the new start."""
+    run.record("started", job_id="42", attempt="42.0")
+    run.record("cancelled", job_id="42")
+    assert status.read_evidence(run).cancelled
+    run.record("started", job_id="42", attempt="42.1")
+    assert not status.read_evidence(run).cancelled
+
+
 def test_cancel_before_submission_does_nothing(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     """A run folder of --print-sbatch has no job yet."""
     assert "never submitted" in status.cancel(make_run(tmp_path))
