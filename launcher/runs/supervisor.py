@@ -88,7 +88,7 @@ class Supervisor:
         self._place = _place({**os.environ, **self._family})
         self._pulse = Pulse.create()
         self._stacks = Stacks()
-        self._watch = Watch(Limits.of(run.resolved))
+        self._watch = Watch(Limits.of(run))
         self._told: tuple[str, float] | None = None
         """The first stop signal and when it came (CLOCK_MONOTONIC)."""
         self._not_ours = set(process.descendants(os.getpid()))

@@ -7,9 +7,10 @@ Light: no torch.
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from launcher.runs.folder import RunFolder
 from launcher.runs.pulse import PulseReading
 
 DEFAULT_HANG_S = 600.0
@@ -22,6 +23,8 @@ _GENEROUS = {"starting": (6, 1800.0), "building": (12, 7200.0), "loading": (12, 
 """Phase -> hang limits and seconds, of which the longer counts. These phases read or write whole models, sometimes on
 one rank while the others wait, and beat rarely: imports from a cold file system take minutes, a 70B model read by 32
 ranks from a slow one an hour, and `finishing` covers the four hours that ranks wait for rank 0's artifact."""
+_SLOW_SAVE = 5.0
+"""Times the planned seconds of a checkpoint; a large one on a busy file system takes longer than any step."""
 _TOLD_TO_STOP = (30.0, 3.0)
 """After a stop signal the scheduler's patience is short: seconds, and longest silences seen, of which the longer
 counts (never more than the hang limit)."""
@@ -34,16 +37,20 @@ class Limits:
     """How long a rank may be silent."""
 
     hang_s: float
+    save_s: float = 0.0
+    """Seconds that the plan says a checkpoint takes."""
 
     @classmethod
-    def of(cls, resolved: Path) -> Limits:
-        """From the run's resolved recipe; the default where it cannot be read (the rank will say why)."""
+    def of(cls, run: RunFolder) -> Limits:
+        """From the run's resolved recipe and plan; defaults where they cannot be read (the rank will say why)."""
         import yaml
 
+        hang_s, save_s = DEFAULT_HANG_S, 0.0
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-            minutes = yaml.safe_load(resolved.read_text(encoding="utf-8"))["survival"]["hang_minutes"]
-            return cls(hang_s=float(minutes) * 60.0)
-        return cls(hang_s=DEFAULT_HANG_S)
+            hang_s = 60.0 * float(yaml.safe_load(run.resolved.read_text(encoding="utf-8"))["survival"]["hang_minutes"])
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+            save_s = float(json.loads(run.plan.read_text(encoding="utf-8"))["chosen"]["save_s"])
+        return cls(hang_s=hang_s, save_s=save_s)
 
     def of_phase(self, phase: str) -> float | None:
         """Seconds of silence that are allowed in a phase; None: the job's time limit is the only one.
@@ -58,8 +65,8 @@ class Limits:
             return LEAVING_S
         if phase in _GENEROUS:
             times, least_s = _GENEROUS[phase]
-            return max(times * self.hang_s, least_s)
-        return self.hang_s
+            return max(times * self.hang_s, least_s, _SLOW_SAVE * self.save_s)
+        return max(self.hang_s, _SLOW_SAVE * self.save_s) if phase == "saving" else self.hang_s
 
 
 class Watch:

@@ -176,6 +176,7 @@ class Loop:
                 return self.stop.reason or "another rank was told to stop"
             if save:
                 self._save(self.saving.save)
+        self.progress.phase("saving")
         self.saving.join()
         if self.memory.evaluated_step != self.memory.step:
             self._evaluate()

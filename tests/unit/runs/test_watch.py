@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.runs.folder import RunFolder, write_json
 from launcher.runs.pulse import PHASES, PulseReading
 from launcher.runs.watch import JOINING_S, Limits, Watch
 from launcher.worker.main import JOIN_TIMEOUT_S
@@ -86,9 +87,18 @@ def test_a_save_that_was_asked_for_by_a_signal_keeps_the_whole_limit() -> None:
 
 def test_the_limit_comes_from_the_resolved_recipe_or_is_ten_minutes(tmp_path: Path) -> None:
     """An unreadable recipe is the rank's to complain about."""
-    path = tmp_path / "recipe.resolved.yaml"
-    assert Limits.of(path).hang_s == 600
-    path.write_text("survival:\n  hang_minutes: 0.5\n")
-    assert Limits.of(path).hang_s == 30
-    path.write_text("survival: {hang_minutes: auto}\n")
-    assert Limits.of(path).hang_s == 600
+    run = RunFolder(tmp_path)
+    assert Limits.of(run).hang_s == 600
+    run.resolved.write_text("survival:\n  hang_minutes: 0.5\n")
+    assert Limits.of(run).hang_s == 30
+    run.resolved.write_text("survival: {hang_minutes: auto}\n")
+    assert Limits.of(run).hang_s == 600
+
+
+def test_a_large_checkpoint_may_take_longer_than_the_hang_limit(tmp_path: Path) -> None:
+    """Five times what the plan says; a terabyte takes longer than ten slow steps."""
+    run = RunFolder(tmp_path)
+    write_json(run.plan, {"chosen": {"save_s": 900.0}})
+    limits = Limits.of(run)
+    assert (limits.of_phase("saving"), limits.of_phase("training")) == (4500, 600)
+    assert Limits(hang_s=600.0, save_s=3.0).of_phase("saving") == 600
