@@ -39,7 +39,8 @@ def slurm_bed() -> Iterator[FaultBed]:
         pytest.skip(reason)
     home = Path(tempfile.mkdtemp(prefix="launcher-faults-", dir=pwd.getpwnam(JOB_USER).pw_dir))
     plain = make_bed(home)
-    bed = FaultBed(home=home, environ=plain.environ, ranks={"nodes": 2, "gpus_per_node": 1})
+    environ = plain.environ | {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    bed = FaultBed(home=home, environ=environ, ranks={"nodes": 2, "gpus_per_node": 1})
     yield bed
     bed.cancel_everything()
     shutil.rmtree(home, ignore_errors=True)

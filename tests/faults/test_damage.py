@@ -86,7 +86,7 @@ def test_damaged_checkpoint(
     newest = checkpoints(damaged)[-1]
     file = max((path for path in newest.rglob("*.pt")), key=lambda path: path.stat().st_size)
     damage(file)  # type: ignore[operator]
-    local_bed.launcher("resume", damaged.run_id, "--local", "--detach").expect()
+    local_bed.launcher("resume", damaged.run_id, "--detach").expect()
     check_survival(
         local_bed, damaged, local_reference("lora"), row, causes=("rank_killed", "finished"), lost=2 * SAVE_STEPS
     )
@@ -112,7 +112,7 @@ def test_no_checkpoint_verifies(_case: None, damaged: RunFolder, local_bed: Loca
     """When nothing can be trusted the run refuses to start again from step 0 in silence."""
     row.fault = "the manifests of all checkpoints deleted"
     lose_manifests(damaged)
-    answer = local_bed.launcher("resume", damaged.run_id, "--local")
+    answer = local_bed.launcher("resume", damaged.run_id)
     assert answer.code != 0
     assert len([attempt for attempt in story(damaged) if attempt.steps]) == 1
     why = local_bed.launcher("why", damaged.run_id).out + answer.err
@@ -127,7 +127,7 @@ def test_garbage_beside_checkpoints(
     """Which checkpoint is newest is read from the checkpoints themselves."""
     row.fault = "a pointer file with nonsense beside the checkpoints"
     garbage_pointer(damaged)
-    local_bed.launcher("resume", damaged.run_id, "--local", "--detach").expect()
+    local_bed.launcher("resume", damaged.run_id, "--detach").expect()
     check_survival(local_bed, damaged, local_reference("lora"), row, causes=("rank_killed", "finished"))
 
 
@@ -141,7 +141,7 @@ def test_stale_temporaries(
     stale.mkdir()
     (stale / "engine.pt").write_bytes(b"half")
     (damaged.submission / "1_submitted.pkl.save_tmp").write_bytes(b"")
-    local_bed.launcher("resume", damaged.run_id, "--local", "--detach").expect()
+    local_bed.launcher("resume", damaged.run_id, "--detach").expect()
     check_survival(local_bed, damaged, local_reference("lora"), row, causes=("rank_killed", "finished"))
 
 
@@ -180,14 +180,14 @@ def test_full_disk(
     shutil.copytree(damaged.checkpoints, small_disk, dirs_exist_ok=True)
     shutil.rmtree(damaged.checkpoints)
     damaged.checkpoints.symlink_to(small_disk)
-    assert local_bed.launcher("resume", damaged.run_id, "--local").code == 8
+    assert local_bed.launcher("resume", damaged.run_id).code == 8
     attempt = story(damaged)[1]
     row.seen = f"cause {attempt.cause}, action {attempt.decision['action']}"
     assert (attempt.cause, attempt.decision["action"]) == ("disk_full", "stop")
     assert [path.name for path in checkpoints(damaged)] == ["step-000008", "step-000012"]
     assert str(damaged.checkpoints) in local_bed.launcher("why", damaged.run_id).expect().out
     subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=10000", str(small_disk)], check=True)
-    local_bed.launcher("resume", damaged.run_id, "--local", "--detach").expect()
+    local_bed.launcher("resume", damaged.run_id, "--detach").expect()
     causes = ("rank_killed", "disk_full", "finished")
     check_survival(local_bed, damaged, local_reference("lora"), row, causes=causes)
     damaged.checkpoints.unlink()

@@ -52,7 +52,7 @@ def test_other_number_of_ranks(_case: None, local_bed: LocalBed, local_reference
     row.fault = "killed, then resumed with half as many ranks"
     run = local_bed.inject("full-reshaped", "at=step,rank=1,step=14,do=kill", slurm={"requeue": False})
     assert local_bed.wait(run).code == 8
-    local_bed.launcher("resume", run.run_id, "slurm.gpus_per_node=1", "--local", "--detach").expect()
+    local_bed.launcher("resume", run.run_id, "slurm.gpus_per_node=1", "--detach").expect()
     local_bed.finished(run)
     row.measure(run)
     found, expected = sequence(run), sequence(local_reference("full"))
@@ -152,7 +152,7 @@ def test_double_resume(_case: None, local_bed: LocalBed, local_reference: Refere
     row.fault = "launcher resume, twice at the same moment, and again while it runs"
     run = local_bed.inject("lora-double", "at=step,rank=1,step=14,do=kill", slurm={"requeue": False})
     assert local_bed.wait(run).code == 8
-    words = ("resume", run.run_id, "--local", "--detach")
+    words = ("resume", run.run_id, "--detach")
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda _: local_bed.launcher(*words), range(2)))
     assert sorted(answer.code for answer in answers) == [0, 7], [answer.err for answer in answers]
@@ -301,7 +301,7 @@ def test_graceful_stop(_case: None, local_bed: LocalBed, local_reference: Refere
     run = local_bed.inject("lora-graceful", "at=step,rank=1,step=14,do=usr2")
     local_bed.wait(run)
     if not run.result.exists():
-        local_bed.launcher("resume", run.run_id, "--local", "--detach").expect()
+        local_bed.launcher("resume", run.run_id, "--detach").expect()
         local_bed.finished(run)
     row.measure(run)
     assert story(run)[1].resumed_step == story(run)[0].last_step
