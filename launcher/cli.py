@@ -56,6 +56,7 @@ _LATER: dict[str, tuple[str, str]] = {
     "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
+    "why": ("why", "Say why a run waits, failed, stopped or is slow, what shows it, and what helps."),
     "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
 }
 """Verbs of launcher/verbs, loaded when typed: name -> (module, first line of the help)."""

@@ -207,6 +207,8 @@ class _Case:
             lost = [report for report in self.reports if report.killed]
             host = (line.host if line else None) or (lost[0].host if lost and cause not in _WHOLE_JOB else None)
             rank = lost[0].rank if lost and cause is Cause.HOST_OUT_OF_MEMORY else None
+            if cause is Cause.CANCELLED and not self.attempt.began:
+                words = f"{words} before it started"
             yield _found(cause, words, host=host, rank=rank, **_of_line(line, None))
 
     def _killed(self) -> Iterator[Diagnosis]:

@@ -92,3 +92,11 @@ def reason_words(state: str, reason: str | None, job_id: str | None) -> str | No
     if words is None:
         words = next((text for start, text in _PREFIXES if reason.startswith(start)), None)
     return None if words is None else words.format(job_id=job_id)
+
+
+def never_starts(reason: str | None) -> bool:
+    """Whether a job that waits for this reason waits for ever, until somebody changes it."""
+    words = (reason or "").split(",")[0]
+    texts = [_PENDING.get(words), *(text for start, text in _PREFIXES if words.startswith(start))]
+    known = next((text for text in texts if text), "")
+    return "never start" in known or "can never give" in known or "is not valid" in known
