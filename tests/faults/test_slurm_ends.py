@@ -98,22 +98,18 @@ def test_time_limit(_case: None, slurm_bed: FaultBed, slurm_reference: Reference
 @case("f04_time_limit_without_warning")
 def test_time_limit_without_a_signal(_case: None, slurm_bed: FaultBed, slurm_reference: Reference, row: Row) -> None:
     """A job killed at its limit is shown as such; `resume` goes on from the newest checkpoint."""
-    row.fault = "time limit of 2 min, the warning lost"
-    run = slurm_bed.inject("lora-unwarned", LONG, slurm={"time": 2, "requeue": False})
-    slurm_bed.after_step(run, 1)
-    # A stopped supervisor hears no signal: as if none had been sent.
-    for pid in deaf(run):
-        slurm("kill", "-STOP", str(pid))
-    assert slurm_bed.wait(run).code == 8
-    assert slurm_bed.accounting(run) == ["TIMEOUT"]
+    row.fault = "time limit of 2 min in a script without --signal"
+    recipe = slurm_bed.fault_recipe("lora-unwarned", slurm={"time": 2, "requeue": False})
+    script = slurm_bed.launcher("submit", recipe, "--print-sbatch").expect().out
+    unwarned = "".join(line for line in script.splitlines(keepends=True) if "--signal" not in line)
+    assert unwarned != script
+    job = slurm_bed.as_user(["sbatch", "--parsable"], input_text=unwarned, LAUNCHER_FAULT=LONG).expect().out.strip()
+    run = RunFolder(next((slurm_bed.home / "runs").glob("lora-unwarned-*")))
+    slurm_bed.until(lambda: "TIMEOUT" in slurm("sacct", "-X", "-n", "-j", job), "the limit", run, 240)
+    assert_no_orphans(run)
     assert "time limit" in slurm_bed.launcher("why", run.run_id).expect().out
     slurm_bed.launcher("resume", run.run_id, "slurm.time=20").expect()
     check_survival(slurm_bed, run, slurm_reference("lora"), row, causes=("time_limit", FINISHED))
-
-
-def deaf(run: RunFolder) -> list[int]:
-    """Processes of the supervisors of a run."""
-    return [int(pid) for pid in slurm("pgrep", "--full", rf"submitit.core._submit.*{run.run_id}").split()]
 
 
 @case("f05_time_limits_beyond_the_budget")
