@@ -62,6 +62,13 @@ class Start:
 
     job_id: str
     restart: int
+    task: str | None = None
+    """ARRAY_TASK where the job is part of an array: Slurm's commands would take the number alone for all of it."""
+
+    @property
+    def name(self) -> str:
+        """As Slurm's commands want it."""
+        return self.task or self.job_id
 
     @property
     def attempt(self) -> str:
@@ -71,8 +78,12 @@ class Start:
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Start | None:
         """From Slurm's variables; None outside a job."""
-        job_id, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
-        return cls(job_id=job_id, restart=int(restart)) if job_id.isdecimal() and restart.isdecimal() else None
+        job_id, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT") or "0"
+        array, task = environ.get("SLURM_ARRAY_JOB_ID", ""), environ.get("SLURM_ARRAY_TASK_ID", "")
+        if not (job_id.isdecimal() and restart.isdecimal()):
+            return None
+        part = f"{array}_{task}" if array.isdecimal() and task.isdecimal() else None
+        return cls(job_id=job_id, restart=int(restart), task=part)
 
 
 # ---------------------------------------------------------------- one attempt, one decision
@@ -177,7 +188,7 @@ def after(run: RunFolder, start: Start, exit_code: int) -> int:
     """Decide about this start of the job and do it; returns the job's exit status."""
     if decided(read_evidence(run), start.attempt) is not None or not claim(run, start.attempt):
         return exit_code
-    slurm, silent = ask(start.job_id)
+    slurm, silent = ask(start.name)
     diagnosis, decision = conclude(run, start.attempt, exit_code=exit_code, slurm=slurm)
     if silent and diagnosis.cause is Cause.STOPPED:
         diagnosis = replace(diagnosis, sentence=f"{diagnosis.sentence}; Slurm does not answer, so why is not known")
@@ -234,7 +245,7 @@ def _act(run: RunFolder, start: Start, decision: Decision, slurm: JobView | None
         return decision
     if decision.action is not Action.FOLLOW_UP and allowed:
         try:
-            put_back(start.job_id, patience_s=patience_s())
+            put_back(start.name, patience_s=patience_s())
             return replace(decision, action=Action.REQUEUE)
         except RefusedError as error:
             refusal = error.problems[0]
@@ -251,7 +262,7 @@ def _follow(run: RunFolder, start: Start, decision: Decision, refusal: str) -> D
         reason = f"{decision.reason}{why}; job.json does not hold a request this launcher can send again"
         return Decision(action=Action.STOP, reason=reason)
     try:
-        job_id = follow_up(request, after=start.job_id, exclude=decision.changes.exclude)
+        job_id = follow_up(request, after=start.name, exclude=decision.changes.exclude)
     except TemporaryError:
         raise
     except LauncherError as error:
@@ -266,7 +277,7 @@ def _stay(run: RunFolder, start: Start, slurm: JobView | None) -> None:
     while time.monotonic() < until:
         time.sleep(_POLL_S)
         with contextlib.suppress(TemporaryError):
-            view = job_view(start.job_id)
+            view = job_view(start.name)
             if view is None or view.state != "RUNNING" or (view.restarts or 0) > start.restart:
                 time.sleep(_POLL_S)  # the end is on its way to us
                 return
@@ -274,7 +285,7 @@ def _stay(run: RunFolder, start: Start, slurm: JobView | None) -> None:
                 break
     say("Slurm has not ended this job; asking for the requeue")
     try:
-        put_back(start.job_id, patience_s=patience_s())
+        put_back(start.name, patience_s=patience_s())
     except LauncherError as error:
         say(f"it cannot be put back: {error.problems[0]}")
         run.record("not_requeued", attempt=start.attempt, job_id=start.job_id, why=error.problems[0])

@@ -1,4 +1,7 @@
-"""remedies: one command that helps after each cause, for when nothing happens by itself."""
+"""remedies: one command that helps after each cause, for when nothing happens by itself.
+
+`launcher resume` goes on with the same training only (changes.py); what would change it is a new run: `submit`.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,26 @@ def command_for(cause: Cause, evidence: Evidence, *, rank: int | None) -> str | 
     """The command to type; None where there is nothing to be done."""
     run = shlex.quote(evidence.run.run_id)
     resume = f"launcher resume {run}"
+    anew = f"launcher submit {shlex.quote(str(evidence.run.recipe))}"
     match cause:
         case Cause.FINISHED:
             return f"launcher status {run}"
         case Cause.NEVER_STARTED if evidence.job_id is None:
-            return f"launcher submit {shlex.quote(str(evidence.run.recipe))}"
+            return anew
         case Cause.GPU_OUT_OF_MEMORY:
-            return _smaller(resume, evidence)
+            return _smaller(resume, anew, evidence)
         case Cause.HOST_OUT_OF_MEMORY:
             return f"{resume} slurm.mem={_more_memory(evidence)}"
         case Cause.DISK_FULL:
-            return f"df -h {shlex.quote(str(evidence.run.path))}"
+            return "launcher gc"
         case Cause.NAN_LOSS:
-            return f"{resume} train.learning_rate={_half_rate(evidence):g}"
+            return f"{anew} train.learning_rate={_half_rate(evidence):g}"
         case Cause.RECIPE_ERROR | Cause.MODEL_ERROR:
             return f"launcher plan {shlex.quote(str(evidence.run.recipe))}"
         case Cause.DATA_ERROR | Cause.OUR_BUG | Cause.LAUNCH_FAILED:
             return f"launcher logs {run} --rank {max(rank or 0, 0)}"
         case Cause.DAMAGED_CHECKPOINTS:
-            folder = evidence.run.checkpoints
-            return f"mv {shlex.quote(str(folder))} {shlex.quote(f'{folder}-damaged')}"
+            return f"mv {shlex.quote(str(evidence.run.checkpoints))}/step-* {shlex.quote(str(evidence.run.path))}"
         case _:
             return resume
 
@@ -69,8 +72,8 @@ def _chosen(evidence: Evidence) -> Mapping[str, Any]:
     return chosen if isinstance(chosen, Mapping) else {}
 
 
-def _smaller(resume: str, evidence: Evidence) -> str:
-    """A smaller micro-batch; at 1 checkpointing, else shorter rows."""
+def _smaller(resume: str, anew: str, evidence: Evidence) -> str:
+    """A smaller micro-batch for the same run; at 1 a new one with checkpointing, else with shorter rows."""
     chosen = _chosen(evidence)
     micro, accumulation = chosen.get("micro_batch"), chosen.get("gradient_accumulation")
     if isinstance(micro, int) and isinstance(accumulation, int):
@@ -78,9 +81,9 @@ def _smaller(resume: str, evidence: Evidence) -> str:
         if smaller is not None:
             return f"{resume} train.per_device_train_batch_size={smaller}"
     if chosen.get("gradient_checkpointing") is False:
-        return f"{resume} train.gradient_checkpointing=true"
+        return f"{anew} train.gradient_checkpointing=true"
     length = chosen.get("seq_len")
-    return f"{resume} data.max_seq_length={length // 2 if isinstance(length, int) else 1024}"
+    return f"{anew} data.max_seq_length={length // 2 if isinstance(length, int) else 1024}"
 
 
 def _more_memory(evidence: Evidence) -> str:

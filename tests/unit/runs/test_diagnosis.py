@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.cli import main
+from launcher.runs.changes import Change
 from launcher.runs.diagnosis import Cause, Diagnosis, diagnose
 from launcher.runs.folder import write_json
+from launcher.runs.remedies import command_for
 from launcher.runs.state import read_evidence
 from launcher.runs.view import JobView, parse_job
 from tests.unit.runs.material import make_run, write_result
@@ -251,6 +256,17 @@ def test_gpu_memory_is_answered_with_the_next_smaller_micro_batch(story: Story) 
     write_json(story.run.plan, plan)
     story.starts().reports(0, "OutOfMemoryError", "CUDA out of memory")
     assert str(diagnosed(story).command).endswith("train.per_device_train_batch_size=3")
+
+
+@pytest.mark.parametrize("cause", sorted(Cause))
+def test_every_command_can_be_typed(story: Story, cause: Cause) -> None:
+    """A command is a real verb of ours or of the shell, and `resume` is asked for nothing that it refuses."""
+    command = command_for(cause, read_evidence(story.run), rank=1)
+    words = shlex.split(str(command))
+    assert words[0] == "mv" or (words[0] == "launcher" and words[1] in main.list_commands(Context(main)))
+    overrides = [word.split("=")[0] for word in words if "=" in word]
+    if words[1] == "resume":
+        assert all(Change(key=key, saved=1, asked=2).allowed for key in overrides)
 
 
 def test_scontrols_line_is_read_with_the_first_name_of_two() -> None:
