@@ -166,6 +166,8 @@ class Estimate:
     """For a rejected one: the smallest change that would make it fit (memory, or the budget): "slurm.nodes: 4"."""
     save_s: float = 0.0
     """Seconds one checkpoint takes to write."""
+    background_saves: bool = True
+    """Whether a node's memory holds a copy of the state, so that training goes on while a checkpoint is written."""
     start_s: float | None = None
     """Seconds in the queue before it would start, by Slurm's own word; None where Slurm was not asked."""
 
@@ -246,6 +248,8 @@ class Plan:
     data: DataNumbers
     job: JobShape
     site: str
+    elastic: tuple[Candidate, ...] = ()
+    """The same training on fewer nodes, fewest first: where survival.min_nodes says so, the run goes on with these."""
 
 
 _CANDIDATE_PARTS = {"lora": LoraNumbers, "quant": QuantNumbers, "buckets": Buckets}
@@ -264,18 +268,24 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "data": {**asdict(plan.data), "histogram": [asdict(entry) for entry in plan.data.histogram]},
         "job": asdict(plan.job),
         "site": plan.site,
+        **({"elastic": [_candidate_to_json(candidate) for candidate in plan.elastic]} if plan.elastic else {}),
     }
 
 
 def _estimate_to_json(estimate: Estimate) -> dict[str, Any]:
     """Candidate and predictions side by side in one object, as interface.md lists them."""
-    candidate = asdict(estimate.candidate)
-    if estimate.candidate.lora is not None and not isinstance(candidate["lora"]["target_modules"], str):
-        candidate["lora"]["target_modules"] = list(candidate["lora"]["target_modules"])
+    candidate = _candidate_to_json(estimate.candidate)
     predictions = asdict(estimate)
     del predictions["candidate"]
     lora_r = estimate.candidate.lora.r if estimate.candidate.lora else None
     return {**candidate, "lora_r": lora_r, **predictions}
+
+
+def _candidate_to_json(candidate: Candidate) -> dict[str, Any]:
+    values = asdict(candidate)
+    if candidate.lora is not None and not isinstance(candidate.lora.target_modules, str):
+        values["lora"]["target_modules"] = list(candidate.lora.target_modules)
+    return values
 
 
 def plan_from_json(doc: Mapping[str, Any]) -> Plan:
@@ -297,6 +307,7 @@ def plan_from_json(doc: Mapping[str, Any]) -> Plan:
         data=_data_from_json(doc["data"]),
         job=JobShape(**doc["job"]),
         site=doc["site"],
+        elastic=tuple(_candidate_from_json(entry) for entry in doc.get("elastic", ())),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.facts.dataset import DatasetFacts, dataset_facts
 from launcher.facts.model import ModelShape, model_shape
 from launcher.facts.site import Site, site_facts
+from launcher.planning.elastic import with_elastic
 from launcher.planning.objective import Objective
 from launcher.planning.plan import Plan
 from launcher.planning.queue import queue_of
@@ -58,4 +59,5 @@ def plan_recipe(
     site = site_facts(recipe.slurm.site)
     queue = queue_of(recipe, site, wanted=ask_queue)
     plan = make_plan(recipe, model, data, site, objective=objective, queue=queue)
+    plan = with_elastic(recipe, plan, model, data, site)
     return Planned(loaded=loaded, model=model, data=data, site=site, plan=plan, path=path)

@@ -47,7 +47,7 @@ def replan(recipe: Recipe, before: Plan, model: ModelShape, data: DatasetFacts, 
         except (RecipeError, DoesNotFitError) as error:
             refused = refused or error
             continue
-        _same_training(candidate, plan.chosen.candidate)
+        same_training(candidate, plan.chosen.candidate)
         return attempt, plan
     raise refused or RecipeError("nothing to plan")
 
@@ -87,7 +87,7 @@ def _per_node(batch: int, nodes: int) -> str:
     return f"slurm.gpus_per_node {' or '.join(map(str, counts))} would" if counts else "another number of nodes would"
 
 
-def _same_training(before: Candidate, after: Candidate) -> None:
+def same_training(before: Candidate, after: Candidate) -> None:
     """The plan changed how, not what.
 
     Raises:

@@ -12,7 +12,10 @@ from launcher.recipe.schema import Recipe
 _SECTIONS = ("slurm.", "checkpoint.", "survival.", "wandb.", "budget.")
 _FIELDS = frozenset({"train.logging_steps", "train.eval_steps", "train.per_device_train_batch_size"})
 _REPLANNED = frozenset(
-    {"slurm.nodes", "slurm.gpus_per_node", "slurm.site", "train.per_device_train_batch_size", "slurm.cpus_per_task"}
+    {
+        *("slurm.nodes", "slurm.gpus_per_node", "slurm.site", "slurm.cpus_per_task"),
+        *("train.per_device_train_batch_size", "survival.min_nodes"),
+    }
 )
 """Fields whose change makes a new plan."""
 _AUTO_REPLANNED = frozenset({"slurm.time"})

@@ -128,6 +128,11 @@ class RunFolder:
         """DeepSpeed configuration; absent at stage 0."""
         return self.path / "ds_config.json"
 
+    def ds_config_of(self, world_size: int) -> Path:
+        """DeepSpeed configuration for so many ranks: of an elastic layout where there is one, else the plan's."""
+        elastic = self.path / f"ds_config-world{world_size}.json"
+        return elastic if elastic.exists() else self.ds_config
+
     @property
     def environment(self) -> Path:
         """Git commit, diff, packages; no secrets."""

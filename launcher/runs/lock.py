@@ -29,6 +29,8 @@ from launcher.runs.process import Process, identify, is_alive, is_here, process_
 
 FOREIGN_AGE_S = 900.0
 """A lock of another machine (or one that cannot be read) counts as left behind when it is older than this."""
+_WRITTEN_AFTER_S = 2.0
+"""So long a lock may be there without its holder's name in it; then it is judged as it is."""
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -115,21 +117,22 @@ def _namespace() -> str:
 
 def _take(path: Path, mine: Holder) -> None:
     """Create the lock, or take it over from somebody who is gone."""
-    for _ in range(100):
+    written_by = time.monotonic() + _WRITTEN_AFTER_S
+    while True:
         try:
             descriptor = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            if _take_over(path, mine):
+            if _take_over(path, mine, patient=time.monotonic() < written_by):
                 return
+            time.sleep(0.02)
             continue
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             _write(file.fileno(), mine)
         return
-    raise ConflictError(f"{path} comes and goes: somebody else submits this run again and again; try again later")
 
 
-def _take_over(path: Path, mine: Holder) -> bool:
-    """Write ourselves into a lock that was left behind; False when it is no longer there.
+def _take_over(path: Path, mine: Holder, *, patient: bool) -> bool:
+    """Write ourselves into a lock that was left behind; False when it is no longer there, or (patient) being written.
 
     Raises:
         ConflictError: its holder lives, or may.
@@ -144,10 +147,15 @@ def _take_over(path: Path, mine: Holder) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if patient:
+                return False
             raise ConflictError(f"{path} is being taken over by another launcher ({error.strerror})") from error
         if not _is_still(path, file.fileno()):
             return False
-        _refuse_living(path, _parse(file.read()), os.fstat(file.fileno()).st_mtime)
+        held = _parse(file.read())
+        if held is None and patient:
+            return False
+        _refuse_living(path, held, os.fstat(file.fileno()).st_mtime)
         _write(file.fileno(), mine)
     return True
 

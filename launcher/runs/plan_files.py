@@ -17,8 +17,19 @@ def write_plan(run: RunFolder, recipe: Recipe, plan: Plan) -> None:
     candidate = plan.chosen.candidate
     if candidate.zero_stage > 0:
         write_json(run.ds_config, deepspeed_config(candidate, recipe.deepspeed.overrides))
+    write_elastic(run, recipe, plan)
     write_atomic(run.resolved, recipe_to_yaml(recipe))
     write_json(run.plan, plan_to_json(plan))
+
+
+def write_elastic(run: RunFolder, recipe: Recipe, plan: Plan) -> None:
+    """DeepSpeed's configuration for every number of ranks the plan allows beside its own; those of other plans go."""
+    for stale in run.path.glob("ds_config-world*.json"):
+        stale.unlink()
+    for candidate in plan.elastic:
+        if candidate.zero_stage > 0:
+            path = run.path / f"ds_config-world{candidate.world_size}.json"
+            write_json(path, deepspeed_config(candidate, recipe.deepspeed.overrides))
 
 
 def _planned_files(run: RunFolder) -> tuple[Path, ...]:

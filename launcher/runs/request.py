@@ -34,6 +34,7 @@ class JobRequest:
     run_dir: str
     name: str
     nodes: int
+    """The most it may get."""
     tasks_per_node: int
     """Ranks per node: one per GPU, or CPU ranks."""
     gpus_per_node: int | None
@@ -53,6 +54,8 @@ class JobRequest:
     requeue: bool
     signal_lead_s: int
     """USR2 is sent this many seconds before the limit (Slurm may be up to 60 s early)."""
+    node_counts: tuple[int, ...] = ()
+    """Fewer nodes with which it can do as well, fewest first; () = `nodes` and nothing else."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further sbatch long options, from the recipe."""
     env: dict[str, str] = field(default_factory=dict)
@@ -140,8 +143,8 @@ def request_from_json(document: Mapping[str, Any]) -> JobRequest:
     values = dict(document)
     try:
         values["container"] = Container(**{**values["container"], "mounts": tuple(values["container"]["mounts"])})
-        for name in ("setup", "srun_args"):
-            values[name] = tuple(values[name])
+        for name in ("setup", "srun_args", "node_counts"):
+            values[name] = tuple(values.get(name, ()))
         return JobRequest(**values)
     except (TypeError, KeyError) as error:
         raise ConflictError(

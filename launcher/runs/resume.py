@@ -18,6 +18,7 @@ from launcher.errors import ClusterError, ConflictError, LauncherError
 from launcher.facts.dataset import dataset_facts
 from launcher.facts.model import model_shape
 from launcher.facts.site import Site, site_facts
+from launcher.planning.elastic import with_elastic
 from launcher.planning.plan import Plan, plan_from_json
 from launcher.planning.replan import refuse_ragged, replan
 from launcher.planning.search import resolve
@@ -193,11 +194,20 @@ def _plan(recipe: Recipe, before: Plan, changed: Sequence[Change], site: Site) -
     if any(change.replans for change in changed):
         local = Path(recipe.model.name_or_path)
         data = dataset_facts(recipe.data, local if local.is_dir() else None)
-        asked, plan = replan(recipe, before, model_shape(recipe.model), data, site)
-        return resolve(asked, plan), plan
+        model = model_shape(recipe.model)
+        asked, plan = replan(_with_possible_minimum(recipe), before, model, data, site)
+        return resolve(asked, plan), with_elastic(asked, plan, model, data, site)
     slurm, job = recipe.slurm, before.job
     minutes = slurm.time if isinstance(slurm.time, int) else job.time_limit_min
     return recipe, replace(before, job=replace(job, time_limit_min=minutes, mem=slurm.mem))
+
+
+def _with_possible_minimum(recipe: Recipe) -> Recipe:
+    """Asked for fewer nodes than the fewest it was allowed: these are the fewest now."""
+    fewest, nodes = recipe.survival.min_nodes, recipe.slurm.nodes
+    if fewest is None or not isinstance(nodes, int) or fewest <= nodes:
+        return recipe
+    return replace(recipe, survival=replace(recipe.survival, min_nodes=None))
 
 
 def _site(recipe: Recipe, before: Plan, changed: Sequence[Change]) -> Site:

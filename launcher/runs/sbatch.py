@@ -23,7 +23,7 @@ def directives(request: JobRequest) -> Directives:
     """The sbatch long options of the job; True stands for an option without a value."""
     wanted: dict[str, str | int | bool | None] = {
         "job_name": request.name,
-        "nodes": request.nodes,
+        "nodes": f"{request.node_counts[0]}-{request.nodes}" if request.node_counts else request.nodes,
         "ntasks_per_node": request.tasks_per_node,
         "cpus_per_task": request.cpus_per_task,
         "gpus_per_node": _gpus(request),
@@ -111,10 +111,26 @@ def lines_before(request: JobRequest) -> list[str]:
     when srun has ended. The mark tells one start of the job from another in the log that they share.
     """
     return [
+        *_nodes_to_use(request),
         "trap : TERM USR2",
         f'echo "{MARKER} ${{SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}"',
         f"{_aftermath(request)} before",
         "case $? in 92) exit 0 ;; 93) exit 93 ;; esac",
+    ]
+
+
+def _nodes_to_use(request: JobRequest) -> list[str]:
+    """A job that got a number of nodes on which the global batch does not divide uses the next smaller one.
+
+    srun takes the number from these variables, which Slurm sets to all of the job's nodes.
+    """
+    if not request.node_counts:
+        return []
+    counts = " ".join(str(count) for count in (request.nodes, *request.node_counts[::-1]))
+    return [
+        f'for nodes in {counts}; do [ "$nodes" -le "$SLURM_JOB_NUM_NODES" ] && break; done',
+        f"export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS=$((nodes * {request.tasks_per_node}))",
+        "export SLURM_NPROCS=$SLURM_NTASKS",
     ]
 
 

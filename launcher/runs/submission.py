@@ -27,6 +27,7 @@ from launcher.runs.drift import input_facts
 from launcher.runs.environment import environment_facts
 from launcher.runs.folder import RunFolder, write_atomic, write_json
 from launcher.runs.lock import hold
+from launcher.runs.plan_files import write_elastic
 from launcher.runs.process import identify
 from launcher.runs.request import JobRequest, request_to_json
 from launcher.runs.sbatch import plain_script, submitit_script
@@ -55,6 +56,7 @@ def create_run(
         candidate = plan.chosen.candidate
         if candidate.zero_stage > 0:
             write_json(run.ds_config, deepspeed_config(candidate, recipe.deepspeed.overrides))
+        write_elastic(run, recipe, plan)
         around = {"recipe_file": None if origin is None else str(origin.resolve()), "inputs": input_facts(recipe)}
         write_json(run.environment, environment_facts(python_of(site)) | around)
     except OSError as error:
@@ -81,6 +83,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         run_dir=str(run.path),
         name=run.run_id,
         nodes=candidate.nodes,
+        node_counts=() if local else tuple(each.nodes for each in plan.elastic),
         tasks_per_node=candidate.gpus_per_node,
         gpus_per_node=candidate.gpus_per_node if asks_gpus and (local or site.request_gpus) else None,
         gpu_type=None if local else site.gpu_type,

@@ -127,7 +127,11 @@ def _read(folder: RunFolder, place: Place) -> tuple[Recipe, Candidate]:
         ClusterError: the job started with another number of ranks than planned.
     """
     recipe = load_recipe(folder.resolved)
-    candidate = plan_from_json(json.loads(folder.plan.read_text(encoding="utf-8"))).chosen.candidate
+    plan = plan_from_json(json.loads(folder.plan.read_text(encoding="utf-8")))
+    candidate = plan.chosen.candidate
+    elastic = [each for each in plan.elastic if each.world_size == place.world_size]
+    if place.world_size != candidate.world_size and elastic:
+        return recipe, elastic[0]
     if place.world_size != candidate.world_size:
         raise ClusterError(
             f"the job has {place.world_size} ranks, the plan {candidate.world_size} "

@@ -96,7 +96,7 @@ class Rank:
         if self.candidate.zero_stage > 0:
             from launcher.worker.engine_deepspeed import prepare_deepspeed
 
-            ds_config = json.loads(self.folder.ds_config.read_text(encoding="utf-8"))
+            ds_config = json.loads(self.folder.ds_config_of(self.candidate.world_size).read_text(encoding="utf-8"))
             prepare_deepspeed()
         _seed(self.recipe.train.seed)  # the same adapter on every rank, and in every attempt
         model = models.build_model(

@@ -319,6 +319,25 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(run: RunFolder, fake_slu
         resume(run, ["slurm.nodes=3"])
 
 
+def test_a_range_of_nodes_can_be_allowed_later(run: RunFolder) -> None:
+    """survival.min_nodes: layouts and configurations for fewer nodes lie beside the plan, and Slurm gets a range."""
+    done = resumed(run, "survival.min_nodes=1")
+    plan = plan_from_json(json.loads(run.plan.read_text()))
+    assert [each.world_size for each in plan.elastic] == [2]
+    assert (done.request.nodes, done.request.node_counts) == (2, (1,))
+    assert json.loads(run.ds_config_of(2).read_text())["gradient_accumulation_steps"] == 2
+    assert run.ds_config_of(4) == run.ds_config
+
+
+def test_asking_for_fewer_than_the_minimum_is_asking_for_these(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """No range is left below them, and no configuration of the old range."""
+    resumed(run, "survival.min_nodes=1")
+    fake_slurm.say("squeue", in_queue(run, "42", "CANCELLED"))
+    done = resumed(run, "slurm.nodes=1")
+    assert (done.request.nodes, done.request.node_counts) == (1, ())
+    assert not list(run.path.glob("ds_config-world*"))
+
+
 def test_a_smaller_micro_batch_keeps_the_global_one(run: RunFolder) -> None:
     """What an out-of-memory run needs: same sums, more accumulation."""
     resumed(run, "train.per_device_train_batch_size=1")

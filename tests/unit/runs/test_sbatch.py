@@ -61,6 +61,18 @@ def test_requeue_is_always_said(requeue: bool, line: str) -> None:
     assert line in sbatch_lines(submitit_script(make_request(requeue=requeue)))
 
 
+def test_a_range_of_nodes_is_asked_for_where_the_run_can_do_with_fewer() -> None:
+    """Slurm gives as many as are free; ranks start on the most that divide the global batch."""
+    request = make_request(nodes=4, node_counts=(1, 2))
+    for script in (submitit_script(request), plain_script(request)):
+        assert "#SBATCH --nodes=1-4" in sbatch_lines(script)
+        choosing = [line for line in script.splitlines() if "nodes" in line and not line.startswith(("#", "srun"))]
+        for free, used in ((4, 4), (3, 2), (2, 2), (1, 1)):
+            shell = "\n".join([f"SLURM_JOB_NUM_NODES={free}", *choosing, "echo $SLURM_NNODES $SLURM_NTASKS"])
+            said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+            assert said.split() == [str(used), str(2 * used)]
+
+
 def test_both_scripts_ask_for_the_same_job() -> None:
     """The script for plain sbatch has the #SBATCH lines of the one that is submitted."""
     request = make_request(extra={"mail_type": "END", "overcommit": True}, exclusive=True, mem="10G")
