@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
 import time
 from collections import Counter
@@ -25,12 +24,6 @@ from launcher.runs.folder import RunFolder, write_atomic, write_json
 GATHER_S = 4.0
 """How long a supervisor waits for the reports of the other ranks of a hung attempt."""
 _POLL_S = 0.2
-_CONSEQUENCE = re.compile(
-    r"connection (reset|closed|refused)|broken pipe|remote (process|error)|socket (closed|timeout)|timed out"
-    r"|ncclremoteerror|nccl communicator was aborted|rank 0 (did not|could not) finish|not all ranks came",
-    re.IGNORECASE,
-)
-"""Words of errors that another rank's death causes."""
 
 
 def write_death(run: RunFolder, attempt: str, facts: dict[str, Any]) -> bool:
@@ -44,25 +37,6 @@ def write_death(run: RunFolder, attempt: str, facts: dict[str, Any]) -> bool:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_json(path, facts)
     return True
-
-
-def deaths(run: RunFolder, attempt: str) -> list[dict[str, Any]]:
-    """What the ranks of an attempt died of; first the one that the others died of.
-
-    In the order of time, but an error that another rank's death causes never goes before another: clocks of two hosts
-    differ, and a peer may notice a closed connection before the dead rank's supervisor has written.
-    """
-    return sorted(_documents(run.errors / attempt, "rank-*.json"), key=_order)
-
-
-def _order(death: dict[str, Any]) -> tuple[bool, float]:
-    message = str(death.get("message", ""))
-    return is_consequence(message) and not death.get("signal"), float(death.get("time_s") or 0.0)
-
-
-def is_consequence(message: str) -> bool:
-    """Whether an error message is what a rank says when another one has gone."""
-    return bool(_CONSEQUENCE.search(message))
 
 
 # --- hangs -------------------------------------------------------------------------------------
@@ -125,16 +99,18 @@ def gather(run: RunFolder, attempt: str, world_size: int) -> list[HangReport]:
         time.sleep(_POLL_S)
     fields = {field.name for field in dataclasses.fields(HangReport)}
     documents = _documents(run.errors / attempt, "hang-rank-*.json")
-    reports = [HangReport(**{key: document[key] for key in fields}) for document in documents]
+    whole = [document for document in documents if document.keys() >= fields]
+    reports = [HangReport(**{key: document[key] for key in fields}) for document in whole]
     return sorted(reports, key=lambda report: report.rank)
 
 
 def find_culprit(reports: Sequence[HangReport], world_size: int) -> Culprit:
     """The rank that the others waited for. In this order: a stopped process; a rank that is behind the others; one
-    whose supervisor said nothing; the only one that is not waiting in a collective; the only one that is elsewhere.
+    that is not waiting in a collective; one whose supervisor said nothing; the only one that is elsewhere.
     """
-    rules = (_stopped, _behind, lambda found: _missing(found, world_size), _not_waiting, _elsewhere)
-    for rule in rules:
+    missing = sorted(set(range(world_size)) - {report.rank for report in reports})
+    rules = (_stopped, _behind, lambda found: _not_waiting(found, missing), lambda _: _missing(missing, world_size))
+    for rule in (*rules, _elsewhere):
         culprit = rule(reports)
         if culprit is not None:
             return culprit
@@ -156,17 +132,17 @@ def _behind(reports: Sequence[HangReport]) -> Culprit | None:
     return _named(last[0], f"it is behind the others ({last[0].phase} after step {last[0].step})")
 
 
-def _missing(reports: Sequence[HangReport], world_size: int) -> Culprit | None:
-    missing = sorted(set(range(world_size)) - {report.rank for report in reports})
+def _missing(missing: Sequence[int], world_size: int) -> Culprit | None:
     if not missing or len(missing) * 2 > world_size:
         return None
     others = f" (nor did {len(missing) - 1} more)" if missing[1:] else ""
     return Culprit(rank=missing[0], host=None, why=f"its supervisor did not report{others}: the host does not answer")
 
 
-def _not_waiting(reports: Sequence[HangReport]) -> Culprit | None:
+def _not_waiting(reports: Sequence[HangReport], missing: Sequence[int]) -> Culprit | None:
+    """Its peers wait, or went on for a moment when it was asked for its stacks and are not silent any more."""
     found = [report for report in reports if report.waits_for_others is False]
-    if not found or not any(report.waits_for_others for report in reports):
+    if not found or not (missing or any(report.waits_for_others for report in reports)):
         return None
     spins = ", and uses a whole core" if found[0].cpu_share > 0.8 else ""
     return _named(found[0], f"it does not wait for the others: {found[0].at}{spins}")

@@ -1,9 +1,11 @@
 """Orphans: processes of a run whose supervisor is gone.
 
 A supervisor that ends in any way of its own takes its rank's whole family with it. One that is killed with SIGKILL
-takes the rank along (the kernel sees to that), but not what the rank had started. Such processes carry their
-supervisor's name in their environment; the next supervisor of the same run on this machine, or the local controller,
-ends them. Only processes of this user, of this run, whose supervisor is certainly dead are touched. Light: no torch.
+takes the rank along (the kernel sees to that), but not what the rank had started: schedulers that track processes by
+group or parent lose a child in a session of its own. Such processes carry their supervisor's name in their
+environment. A guard, which waits for nothing but the supervisor's death, ends them; if it was killed too, the next
+supervisor of the run on this machine does. Only processes of this user, of this run, whose supervisor is certainly
+dead are touched. Light: no torch.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from launcher.runs import process
 
 SUPERVISOR = "LAUNCHER_SUPERVISOR"
 """Environment variable of a rank and all it starts: process number, start, boot and process-number space."""
+_GUARD_S = 10.0
 RUN = "LAUNCHER_SUPERVISED_RUN"
 """Environment variable of a rank and all it starts: the run folder."""
 
@@ -24,6 +28,40 @@ RUN = "LAUNCHER_SUPERVISED_RUN"
 def environment(run_dir: Path) -> dict[str, str]:
     """What a rank's environment carries, so that its family can be found; called by its supervisor."""
     return {SUPERVISOR: _identity(os.getpid()), RUN: str(run_dir)}
+
+
+def guard(run_dir: Path) -> None:
+    """Leave a process that outlives this one by a moment and ends its orphans.
+
+    It is a session of its own and nobody's child, so that what ends this process does not end it too; it holds no
+    output open. Call it before the process adopts orphans, and with stop signals blocked.
+    """
+    reading, writing = os.pipe()  # nobody writes: reading ends when this process, the only holder, does
+    first = os.fork()
+    if first == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                os.close(writing)
+                _stand_guard(reading, run_dir)
+        finally:
+            os._exit(0)
+    os.close(reading)
+    os.waitpid(first, 0)
+
+
+def _stand_guard(reading: int, run_dir: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.chdir("/")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(nothing, number)
+    os.dup2(reading, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    os.read(3, 1)
+    deadline = time.monotonic() + _GUARD_S
+    while end_orphans(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def end_orphans(run_dir: Path) -> list[str]:

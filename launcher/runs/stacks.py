@@ -24,9 +24,11 @@ _LIMIT_BYTES = 256 * 1024
 _POLL_S = 0.05
 _FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 _WAITING = re.compile(
-    r"/torch/distributed/|/deepspeed/comm/|_engine_run_backward|in (all_reduce|all_gather|barrier|after_rank_zero)\b"
+    r"/torch/distributed/|/deepspeed/comm/|_engine_run_backward|/torch/cuda/.* in synchronize"
+    r"|in (all_reduce|all_gather|barrier|after_rank_zero|sum_over_ranks)\b"
 )
-"""Frames in which a rank waits for others. Backward counts: gradients are reduced inside it."""
+"""Frames in which a rank waits for others. Backward counts: gradients are reduced inside it; so does reading a sum
+over the ranks from a GPU."""
 
 
 class Stacks:

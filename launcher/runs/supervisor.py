@@ -100,6 +100,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start the rank, watch it, end its family; the exit code."""
+        orphans.guard(self._run.path)
         process.adopt_orphans()
         for told in orphans.end_orphans(self._run.path):
             _say(f"ended {told}, left behind by an earlier attempt whose supervisor was killed")
@@ -236,6 +237,9 @@ class Supervisor:
         stack = ""
         if reading.beats and now and not now.stopped:
             stack = self._stacks.ask(self._child.pid, patience_s=_STACKS_S)
+            # The question may have woken it up (a signal ends a sleep); it must not go on while it is being judged.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGSTOP)
         report = autopsy.HangReport(
             rank=self._rank,
             host=self._host,

@@ -5,6 +5,7 @@ The fake ranks use the parts a rank has (pulse, stacks, stop flag); `tests/train
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runs import process
+from launcher.runs import orphans, process
 from launcher.runs.folder import RunFolder, read_json_lines
 
 PATIENCE_S = 60.0
@@ -171,25 +172,69 @@ def test_no_process_is_left_behind(
     assert process.identify(int(_told(run, "child"))) is None
 
 
-def test_a_killed_supervisor_takes_the_rank_along_and_the_next_one_ends_the_rest(
+def test_a_killed_supervisor_takes_the_rank_and_all_it_started_along(
     run: RunFolder, start: Callable[[str], subprocess.Popen[str]]
 ) -> None:
-    """kill -9 of the supervisor: the kernel ends the rank; what that had started ends with the run's next start."""
+    """kill -9 of the supervisor: the kernel ends the rank, the guard what that had started."""
     supervisor = start(LEAVES_A_CHILD + "tell('rank', os.getpid())\nwhile True: pulse.beat(); time.sleep(0.1)")
     rank, child = (int(_told(run, name)) for name in ("rank", "child"))
     supervisor.kill()
     _until(lambda: process.identify(rank) is None)
-    assert process.identify(child) is not None
-    _end(start("pulse.beat('done')"))
-    assert process.identify(child) is None
+    _until(lambda: process.identify(child) is None)
+
+
+def test_a_guard_leaves_with_its_supervisor_and_holds_nothing_open(
+    run: RunFolder, start: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    """A scheduler waits for the end of the output and for every process it knows of."""
+    supervisor = start("tell('pid', os.getpid())\nwhile not Path(sys.argv[1], 'go').exists():\n"
+                       "    time.sleep(0.01)\npulse.beat('done')")  # fmt: skip
+    rank = int(_told(run, "pid"))
+    (guard,) = _like(supervisor.pid)
+    assert guard not in process.descendants(supervisor.pid)
+    assert os.getsid(guard) != os.getsid(rank)
+    opened = {str(entry.readlink()) for entry in Path(f"/proc/{guard}/fd").iterdir()}
+    assert {name.partition(":")[0] for name in opened} == {"/dev/null", "pipe"}
+    (run.path / "go").touch()
+    assert _end(supervisor)[0] == 0
+    _until(lambda: process.identify(guard) is None)
+
+
+def _like(pid: int) -> list[int]:
+    """Other processes with the same command line."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    found = []
+    for number in process.numbers():
+        with contextlib.suppress(OSError):
+            if number != pid and words and Path(f"/proc/{number}/cmdline").read_bytes() == words:
+                found.append(number)
+    return found
+
+
+def test_what_an_earlier_attempt_left_is_ended_by_the_next(
+    run: RunFolder, start: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    """Supervisor, rank and guard were all killed; a child in a session of its own still holds memory."""
+    left = subprocess.Popen(["sleep", "600"], env=_of_a_dead_supervisor(run.path))
+    try:
+        code, output = _end(start("pulse.beat('done')"))
+        assert code == 0
+        assert f"ended sleep ({left.pid}), left behind by an earlier attempt" in output
+        assert left.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    finally:
+        left.kill()
+        left.wait()
+
+
+def _of_a_dead_supervisor(run_dir: Path) -> dict[str, str]:
+    """The environment of a rank whose supervisor's number belongs to another process by now."""
+    mine = orphans.environment(run_dir)
+    return {**mine, "LAUNCHER_SUPERVISOR": "1:" + mine["LAUNCHER_SUPERVISOR"].partition(":")[2]}
 
 
 def test_what_other_runs_left_is_not_touched(tmp_path: Path) -> None:
     """Nor the processes of a supervisor that is alive, nor those that carry no name."""
-    from launcher.runs import orphans
-
-    mine = orphans.environment(tmp_path)
-    dead = {**mine, "LAUNCHER_SUPERVISOR": "1:" + mine["LAUNCHER_SUPERVISOR"].partition(":")[2]}
+    mine, dead = orphans.environment(tmp_path), _of_a_dead_supervisor(tmp_path)
     others = [{}, mine, {**dead, "LAUNCHER_SUPERVISED_RUN": "/another/run"}]
     kept = [subprocess.Popen(["sleep", "600"], env=environment) for environment in others]
     orphan = subprocess.Popen(["sleep", "600"], env=dead)
