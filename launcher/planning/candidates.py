@@ -196,7 +196,7 @@ def _base(
         gradient_checkpointing=False,
         checkpointing_reentrant=False,
         precision=precision,
-        attn_implementation="sdpa" if recipe.model.attn_implementation == AUTO else recipe.model.attn_implementation,
+        attn_implementation=_attention(recipe, model),
         seq_len=recipe.data.max_seq_length,
         packing=recipe.data.packing and not prompts,
         optim=_optimizer(recipe, device, sharding),
@@ -211,6 +211,13 @@ def _base(
         buckets=buckets(model),
         hpz_partition=layout.gpus_per_node if sharding.hpz else 1,
     )
+
+
+def _attention(recipe: Recipe, model: ModelShape) -> str:
+    """SDPA, unless scores are capped inside attention, which its kernels cannot do (transformers then refuses it)."""
+    if recipe.model.attn_implementation != AUTO:
+        return recipe.model.attn_implementation
+    return "eager" if model.attention_softcap else "sdpa"
 
 
 def _precision(recipe: Recipe, device: Gpu) -> str:

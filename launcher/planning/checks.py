@@ -24,6 +24,11 @@ def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
     raise_all(ClusterError, list(_site_problems(recipe, site)))
     problems = [*_batch_problems(recipe), *_sharding_problems(recipe), *_device_problems(recipe, site)]
     problems += override_problems(recipe.deepspeed.overrides)
+    if recipe.model.attn_implementation == "sdpa" and model.attention_softcap:
+        problems.append(
+            f"model.attn_implementation: sdpa cannot cap attention scores, which {recipe.model.name_or_path} does; "
+            "use eager or, on a GPU, flash_attention_2"
+        )
     if recipe.method in (*LORA_METHODS, "auto"):
         try:
             targeted(model, recipe.lora.target_modules)

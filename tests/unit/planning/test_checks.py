@@ -7,7 +7,7 @@ import pytest
 from launcher.errors import ClusterError, RecipeError
 from launcher.facts.model import model_shape
 from launcher.planning.search import make_plan
-from launcher.recipe.schema import AUTO, DeepSpeedSection, LoraSection, TrainSection
+from launcher.recipe.schema import AUTO, DeepSpeedSection, LoraSection, ModelSection, TrainSection
 from tests.unit.planning.examples import A100, DATA, GIB, LLAMA_8B, QWEN_HALF, a_recipe, on, plan_of, refused
 
 
@@ -80,3 +80,14 @@ def test_nvme_offload_that_would_corrupt_updates_is_refused():
     bad = refused(a_recipe(QWEN_HALF, "full", slurm=on(1, 2), deepspeed=section), site)
     assert "no multiple of 512 bytes" in str(bad)
     assert plan_of(a_recipe(LLAMA_8B, "full", slurm=on(1, 2), deepspeed=section), site).chosen.fits
+
+
+def test_capped_attention_is_not_planned_with_sdpa():
+    """transformers refuses SDPA for models that cap attention scores; auto plans eager, sdpa is refused."""
+    gemma = ModelSection(name_or_path="google/gemma-2-9b")
+    recipe = replace(a_recipe(LLAMA_8B, "lora"), model=gemma)
+    plan = make_plan(recipe, model_shape(gemma), DATA, A100)
+    assert plan.chosen.candidate.attn_implementation == "eager"
+    asked = replace(recipe, model=replace(gemma, attn_implementation="sdpa"))
+    with pytest.raises(RecipeError, match="cannot cap attention scores"):
+        make_plan(asked, model_shape(gemma), DATA, A100)
