@@ -65,6 +65,7 @@ def _estimate(task: Task, candidate: Candidate) -> Estimate:
         cost=speed.cost(gpu_hours, task.recipe.budget.gpu_hour_price),
         rejected_because=rejected,
         save_s=save_s(task, candidate),
+        background_saves=host.background_saves_fit(model, candidate, site.mem_bytes_per_node),
     )
 
 

@@ -52,3 +52,23 @@ def checkpoint_bytes(model: ModelShape, candidate: Candidate) -> int:
     if candidate.zero_stage == 0:
         return int(trained * (4 + optimizer_moment_bytes(candidate)))
     return int(trained * (DTYPE_BYTES[candidate.precision] + 4 + optimizer_moment_bytes(candidate)))
+
+
+def snapshot_bytes_per_node(model: ModelShape, candidate: Candidate) -> int:
+    """Host memory of the fullest node for the copy that a save in the background writes from.
+
+    Plain torch: rank 0 copies everything. ZeRO-1 and 2: every rank its share of masters and moments, rank 0 the
+    weights too. ZeRO-3: every rank its share of all. Frozen weights are in no checkpoint.
+    """
+    whole = checkpoint_bytes(model, candidate)
+    if candidate.zero_stage == 0:
+        return whole
+    weights = int(trainable_params(model, candidate) * DTYPE_BYTES[candidate.precision])
+    on_rank_0 = 0 if candidate.zero_stage == 3 else weights
+    return on_rank_0 + (whole - on_rank_0) // candidate.nodes
+
+
+def background_saves_fit(model: ModelShape, candidate: Candidate, mem_bytes_per_node: int) -> bool:
+    """Whether a node holds that copy beside everything else it holds."""
+    needed = host_ram_bytes_per_node(model, candidate) + snapshot_bytes_per_node(model, candidate)
+    return needed <= mem_bytes_per_node

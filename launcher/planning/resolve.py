@@ -19,9 +19,15 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     return replace(
         pinned,
         train=replace(pinned.train, eval_steps=evaluation_steps(recipe, plan.chosen.steps)),
+        checkpoint=replace(pinned.checkpoint, background=_background(recipe, plan)),
         survival=replace(pinned.survival, hang_minutes=hang_minutes(recipe, plan)),
         slurm=replace(pinned.slurm, time=plan.job.time_limit_min, cpus_per_task=plan.job.cpus_per_task),
     )
+
+
+def _background(recipe: Recipe, plan: Plan) -> bool:
+    asked = recipe.checkpoint.background
+    return asked if isinstance(asked, bool) else plan.chosen.background_saves
 
 
 def hang_minutes(recipe: Recipe, plan: Plan) -> float:
