@@ -114,7 +114,7 @@ def find_culprit(reports: Sequence[HangReport], world_size: int) -> Culprit:
         culprit = rule(reports)
         if culprit is not None:
             return culprit
-    return Culprit(rank=None, host=None, why="every rank that answered waits at the same place")
+    return Culprit(rank=None, host=None, why="no rank can be told from the others")
 
 
 def _stopped(reports: Sequence[HangReport]) -> Culprit | None:

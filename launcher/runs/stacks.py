@@ -25,6 +25,7 @@ _POLL_S = 0.05
 _FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 _WAITING = re.compile(
     r"/torch/distributed/|/deepspeed/comm/|_engine_run_backward|/torch/cuda/.* in synchronize"
+    r"|/torch/nn/parallel/distributed.py.* in _(distributed|default|sync)_"
     r"|in (all_reduce|all_gather|barrier|after_rank_zero|sum_over_ranks)\b"
 )
 """Frames in which a rank waits for others. Backward counts: gradients are reduced inside it; so does reading a sum
@@ -99,4 +100,4 @@ def waits_for_others(stacks: str) -> bool | None:
     frames = main_thread(stacks)
     if not frames:
         return None
-    return any(_WAITING.search(frame) for frame in frames[:6])
+    return any(_WAITING.search(frame) for frame in frames[:3])

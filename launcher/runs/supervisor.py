@@ -266,7 +266,10 @@ class Supervisor:
         culprit = autopsy.find_culprit(reports, world)
         where = {"phase": report.phase, "step": report.step}
         told, first = autopsy.settle(run, attempt, culprit, self._names | where)
-        _say(f"hung: rank {told['rank']} on {told['host']}: {told['why']}")
+        blamed = f"rank {told['rank']} on {told['host']} kept the others waiting: {told['why']}"
+        if told["rank"] is None:
+            blamed = f"whose fault it is, is not known: {told['why']}"
+        _say(f"hung: {blamed}")
         if first:
             run.record("hung", **self._names, **{key: told[key] for key in ("rank", "host", "why")}, **where)
         autopsy.write_death(
@@ -275,8 +278,7 @@ class Supervisor:
             self._facts(self._pulse.read())
             | {
                 "type": "Hung",
-                "message": f"no sign of life for {report.silent_s:.0f} s, {_doing(report)}; "
-                f"rank {told['rank']} kept the others waiting: {told['why']}",
+                "message": f"no sign of life for {report.silent_s:.0f} s, {_doing(report)}; {blamed}",
                 "exit_code": HUNG_EXIT,
                 "stack": stack,
                 "culprit": told["rank"],

@@ -11,6 +11,7 @@ import pytest
 from launcher.runs import autopsy
 from launcher.runs.autopsy import HangReport, find_culprit
 from launcher.runs.folder import RunFolder, write_json
+from launcher.runs.stacks import waits_for_others
 
 
 @pytest.fixture
@@ -128,3 +129,23 @@ def test_a_half_written_or_foreign_file_does_not_hide_the_others(run: RunFolder)
     write_json(run.errors / "7.0" / "hang-rank-2.json", {"rank": 2})
     assert autopsy.gather(run, "7.0", 3) == [_report(0)]
     assert autopsy.hung(run, "7.0") is None
+
+
+@pytest.mark.parametrize(
+    ("frame", "waits"),
+    [
+        ('File "/x/torch/distributed/distributed_c10d.py", line 3 in all_reduce', True),
+        ('File "/x/torch/autograd/graph.py", line 979 in _engine_run_backward', True),
+        ('File "/x/torch/nn/parallel/distributed.py", line 2363 in _distributed_broadcast_coalesced', True),
+        ('File "/x/torch/nn/parallel/distributed.py", line 1886 in forward', False),
+        ('File "/x/launcher/worker/table.py", line 9 in row', False),
+    ],
+)
+def test_waiting_for_others_is_seen_in_the_innermost_frames(frame: str, waits: bool) -> None:
+    """A rank deep in its own work below a wrapper that also communicates does not wait."""
+    own = "\n".join(f'  File "/x/own.py", line {line} in work' for line in range(3))
+    helper = 'Thread 0x01 (most recent call first):\n  File "/x/threading.py", line 1 in run\n\n'
+    stacks = f"{helper}Current thread 0x02 (most recent call first):\n"
+    assert waits_for_others(f"{stacks}  {frame}\n{own}\n") is waits
+    assert waits_for_others(f"{stacks}{own}\n  {frame}\n") is False
+    assert waits_for_others("") is None
