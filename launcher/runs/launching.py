@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import TemporaryError
+from launcher.errors import ConflictError, TemporaryError
 from launcher.planning.prepare import Planned
 from launcher.planning.search import resolve
+from launcher.recipe.load import recipe_to_yaml
 from launcher.recipe.schema import AUTO, Recipe
+from launcher.runs.adoption import ledger, open_submission
 from launcher.runs.folder import RunFolder
 from launcher.runs.preflight import check
 from launcher.runs.slurm import controller_is_away
-from launcher.runs.status import runs_folder
+from launcher.runs.status import run_status, runs_folder
 from launcher.runs.submission import JobRequest, create_run, describe, job_request
 
 
@@ -53,9 +56,31 @@ def _refuse_by_accident_here(planned: Planned) -> None:
         )
 
 
+def _refuse_unanswered(recipe: Recipe, parent: Path) -> None:
+    """A launcher that was killed may have left a job of this very recipe; a second `submit` must not train it twice.
+
+    Raises:
+        ConflictError: such a job lives. It was taken over: its run is an ordinary run now.
+    """
+    asked = recipe_to_yaml(recipe)
+    for folder in sorted(parent.glob(f"{recipe.name}-*")):
+        run = RunFolder(folder.resolve())
+        with contextlib.suppress(OSError, ValueError):
+            if open_submission(ledger(run)) is None or run.resolved.read_text(encoding="utf-8") != asked:
+                continue
+            state = run_status(run)
+            if state.job_id is not None and not state.ended:
+                raise ConflictError(
+                    f"this recipe was submitted already, by a launcher that was killed before it could say so: run "
+                    f"{run.run_id}, job {state.job_id}, {state.sentence}; follow it with launcher status {run.run_id}, "
+                    f"or end it first with: launcher cancel {run.run_id}"
+                )
+
+
 def create(planned: Planned) -> Launched:
     """Check, then make the run folder; nothing is submitted."""
     recipe, parent, notices = _checked(planned)
+    _refuse_unanswered(recipe, parent)
     run = create_run(planned.loaded.text, recipe, planned.plan, planned.site, parent, origin=planned.path)
     return Launched(run=run, request=job_request(planned.plan, recipe, run, planned.site), notices=notices)
 

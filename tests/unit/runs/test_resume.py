@@ -192,6 +192,22 @@ def test_a_job_of_an_unanswered_resume_is_taken_over(
     assert status.run_status(run).job_id == "77"
 
 
+def test_submitting_again_after_a_kill_makes_no_second_job(
+    run: RunFolder, fake_slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    """The launcher died after sbatch; the same `submit` once more finds the job instead of sending another."""
+    run.attempts.unlink()
+    run.record("submitting", token="t", purpose="submit", job_name=run.run_id)
+    fake_slurm.say("squeue", in_queue(run, "41", "PENDING", "Priority"))
+    sent = len(fake_slurm.calls("sbatch"))
+    with pytest.raises(ConflictError, match=f"run {run.run_id}, job 41"):
+        launching.create(plan_recipe(tmp_path / "tiny.yaml"))
+    assert len(fake_slurm.calls("sbatch")) == sent
+    assert events(run)[-1] == "submitted"
+    other = launching.create(plan_recipe(tmp_path / "tiny.yaml", ["train.seed=7"]))
+    assert other.run.run_id != run.run_id
+
+
 # ---------------------------------------------------------------- two operators
 
 
