@@ -25,7 +25,7 @@ from launcher.planning.deepspeed_config import deepspeed_config
 from launcher.planning.plan import Candidate, plan_to_json
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, read_json_lines, write_json
-from launcher.worker.checkpoint import load_random_state
+from launcher.worker.generators import load_random_state
 from launcher.worker.reshape import Span, prove, refuse_other_weights
 from launcher.worker.saved import MASTER, TORCH_FILE, Saved, open_saved
 from tests.tiny import make_recipe
