@@ -10,7 +10,7 @@ _WORDS = {
     "finish": "done",
     "stop": "not started again",
     "wait": "comes back by itself",
-    "requeue": "went back to the queue",
+    "requeue": "started again",
     "follow_up": "goes on in a new job",
 }
 

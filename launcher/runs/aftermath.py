@@ -165,7 +165,7 @@ _ACTIONS = {
     Action.FINISH: "done",
     Action.STOP: "not started again",
     Action.WAIT: "comes back by itself",
-    Action.REQUEUE: "goes back to the queue",
+    Action.REQUEUE: "starts again",
     Action.FOLLOW_UP: "goes on in a new job",
 }
 

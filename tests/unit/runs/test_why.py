@@ -189,7 +189,7 @@ def test_on_the_command_line(story: Story, fake_slurm: FakeSlurm) -> None:
         "  in /errors/hung.json",
         "  not started again: restart budget used: 1 of 1",
         "  attempts:",
-        "    5.0  hung -> went back to the queue, checkpoint of step 10",
+        "    5.0  hung -> started again, checkpoint of step 10",
         "    5.1  hung -> not started again, checkpoint of step 10",
     ]
     assert ran.stderr == f"Next: launcher resume {story.run.run_id}\n"
