@@ -52,6 +52,7 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "init": ("init", "Probe this site's Slurm and write its profile, every entry with its source."),
     "sync": ("sync", "Send a run's offline Weights & Biases records from a node that has network."),
     "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),

@@ -13,11 +13,23 @@ from typing import Any
 from launcher.errors import ClusterError, LauncherError, TemporaryError
 from launcher.facts.command import run_command, run_slurm
 from launcher.facts.gpu import gpu
-from launcher.facts.offer import Partition
-from launcher.recipe.scalars import UnreadableError, read_minutes
+from launcher.facts.offer import AccountLimits, Partition, Qos
+from launcher.facts.slurm_text import MIB, gpus, minutes, names, records, rows, seconds, settings, tres, whole, word
 
-_GPU_GRES = re.compile(r"gpu(?::([^:(,\s]+))?:(\d+)")
-_MIB = 2**20
+_NODE_COLUMNS = "%R|%c|%m|%G|%D|%t|%f"
+_LOST_STATES = frozenset(
+    {"down", "drain", "drng", "drained", "draining", "fail", "failg", "err", "unk", "inval", "n/a"}
+)
+"""Compact states of sinfo in which a node starts no job and does not come back by itself."""
+_QOS_COLUMNS = (
+    *("MaxWall", "MaxJobsPU", "MaxSubmitPU", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES", "MinTRES"),
+    *("PreemptMode", "GraceTime", "Flags", "Preempt", "Name"),
+)
+_ACCOUNT_COLUMNS = (
+    *("MaxWall", "MaxJobs", "MaxSubmitJobs", "MaxTRES", "MaxTRESPerNode", "GrpTRES", "GrpJobs", "GrpSubmitJobs"),
+    *("DefaultQOS", "Partition", "User", "QOS", "Account"),
+)
+"""Names come last: whatever stands in one, the amounts before it are read right."""
 
 
 def slurm_answers() -> bool:
@@ -33,10 +45,17 @@ def slurm_answers() -> bool:
 def cluster_name() -> str:
     """ClusterName of slurm.conf; "slurm" where it cannot be read."""
     with contextlib.suppress(LauncherError):
-        match = re.search(r"^ClusterName\s*=\s*(\S+)", run_slurm(["scontrol", "show", "config"]), re.MULTILINE)
-        if match:
-            return match[1]
+        return slurm_config().get("ClusterName", "slurm")
     return "slurm"
+
+
+def slurm_config() -> dict[str, str]:
+    """What `scontrol show config` says, name -> value.
+
+    Raises:
+        TemporaryError, ClusterError: Slurm is not here, does not answer, or does not tell this user.
+    """
+    return settings(run_slurm(["scontrol", "show", "config"]))
 
 
 def partitions() -> tuple[Partition, ...]:
@@ -47,56 +66,62 @@ def partitions() -> tuple[Partition, ...]:
         ClusterError: Slurm's answer cannot be used.
     """
     listing = run_slurm(["scontrol", "--oneliner", "show", "partition"])
-    nodes = _nodes_of_partitions(run_slurm(["sinfo", "--noheader", "--exact", "--format=%R|%c|%m|%G"]))
-    return tuple(_partition(line, nodes) for line in listing.splitlines() if line.startswith("PartitionName="))
+    nodes = _nodes_of_partitions(run_slurm(["sinfo", "--noheader", "--exact", f"--format={_NODE_COLUMNS}"]))
+    return tuple(_partition(fields, nodes) for fields in records(listing, "PartitionName"))
 
 
-def _partition(line: str, nodes: dict[str, dict[str, Any]]) -> Partition:
-    fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+def _partition(fields: dict[str, str], nodes: dict[str, dict[str, Any]]) -> Partition:
+    most_mem = whole(fields.get("MaxMemPerNode"))
     return Partition(
         name=fields["PartitionName"],
         default=fields.get("Default") == "YES",
-        max_time_min=parse_limit(fields.get("MaxTime", "UNLIMITED")),
-        nodes=_whole(fields.get("TotalNodes")) or 0,
-        max_nodes=_whole(fields.get("MaxNodes")),
+        max_time_min=minutes(fields.get("MaxTime")),
+        default_time_min=minutes(fields.get("DefaultTime")),
+        nodes=whole(fields.get("TotalNodes")) or 0,
+        max_nodes=whole(fields.get("MaxNodes")),
+        min_nodes=whole(fields.get("MinNodes")) or None,
         up=fields.get("State", "UP") == "UP",
-        allow_accounts=_names(fields.get("AllowAccounts")),
-        allow_qos=_names(fields.get("AllowQos")),
+        allow_accounts=names(fields.get("AllowAccounts")),
+        allow_qos=names(fields.get("AllowQos")),
+        allow_groups=names(fields.get("AllowGroups")),
+        deny_accounts=names(fields.get("DenyAccounts")),
+        deny_qos=names(fields.get("DenyQos")),
+        max_cpus_per_node=whole(fields.get("MaxCPUsPerNode")),
+        max_mem_bytes_per_node=most_mem * MIB if most_mem else None,
+        qos=word(fields.get("QoS")),
+        preempt_mode=word(fields.get("PreemptMode")),
+        preempt_grace_s=seconds(fields.get("GraceTime")),
         **nodes.get(fields["PartitionName"], {}),
     )
 
 
 def _nodes_of_partitions(listing: str) -> dict[str, dict[str, Any]]:
-    """Partition -> best CPUs, memory and GPUs of one of its nodes, from `sinfo %R|%c|%m|%G`."""
+    """Partition -> what its nodes offer: CPUs, memory and GPUs of the best one, features of all, how many are up."""
     found: dict[str, dict[str, Any]] = {}
     for line in listing.splitlines():
-        words = line.split("|", 3)
-        if len(words) != 4:
+        # From the right: a partition's name may hold a pipe.
+        words = line.rsplit("|", _NODE_COLUMNS.count("|"))
+        if len(words) < 4:
             continue
+        name, cpus, mem, gres, *more = words
         best = found.setdefault(
-            words[0], {"gpus_per_node": 0, "gpu_types": (), "cpus_per_node": 0, "mem_bytes_per_node": 0}
+            name, {"gpus_per_node": 0, "gpu_types": (), "cpus_per_node": 0, "mem_bytes_per_node": 0}
         )
-        gpus = [(kind, int(count)) for kind, count in _GPU_GRES.findall(words[3])]
-        best["gpus_per_node"] = max(best["gpus_per_node"], sum(count for _, count in gpus))
-        best["gpu_types"] = tuple(dict.fromkeys([*best["gpu_types"], *(kind for kind, _ in gpus if kind)]))
-        best["cpus_per_node"] = max(best["cpus_per_node"], _whole(words[1].rstrip("+")) or 0)
-        best["mem_bytes_per_node"] = max(best["mem_bytes_per_node"], (_whole(words[2].rstrip("+")) or 0) * _MIB)
+        here = gpus(gres)
+        best["gpus_per_node"] = max(best["gpus_per_node"], sum(count for _, count in here))
+        best["gpu_types"] = tuple(dict.fromkeys([*best.get("gpu_types", ()), *(kind for kind, _ in here if kind)]))
+        best["cpus_per_node"] = max(best["cpus_per_node"], whole(cpus.rstrip("+")) or 0)
+        best["mem_bytes_per_node"] = max(best["mem_bytes_per_node"], (whole(mem.rstrip("+")) or 0) * MIB)
+        if len(more) == 3:
+            count, state, features = more
+            best["nodes_up"] = best.get("nodes_up", 0) + (whole(count) or 0) * _starts_jobs(state)
+            best["features"] = tuple(sorted({*best.get("features", ()), *names(features)}))
     return found
 
 
-def parse_limit(text: str) -> int | None:
-    """Minutes of Slurm's time limit; None for UNLIMITED."""
-    with contextlib.suppress(UnreadableError):
-        return read_minutes(text)
-    return None
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return () if text in (None, "", "ALL", "N/A") else tuple(str(text).split(","))
+def _starts_jobs(state: str) -> bool:
+    """Whether nodes in sinfo's compact state start jobs, now or when theirs have ended; `*`: it does not answer."""
+    return state.rstrip("*~#!%$@^-+") not in _LOST_STATES and not state.endswith("*")
 
 
 def user_name() -> str:
@@ -114,9 +139,79 @@ def associations() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         text = run_slurm([*command, f"user={user_name()}", "format=Account,QOS"], timeout_s=15)
     except (ClusterError, TemporaryError):
         return None
-    rows = [line.split("|", 1) for line in text.splitlines() if "|" in line]
-    accounts = _unique(row[0] for row in rows)
-    return (accounts, _unique(name for row in rows for name in row[1].split(","))) if accounts else None
+    found = [line.split("|", 1) for line in text.splitlines() if "|" in line]
+    accounts = _unique(row[0] for row in found)
+    return (accounts, _unique(name for row in found for name in row[1].split(","))) if accounts else None
+
+
+def account_limits(cluster: str | None = None) -> tuple[AccountLimits, ...] | None:
+    """What each of this user's accounts allows, by name; None where accounting is off or does not say.
+
+    `cluster`: of a database that several clusters share, this one's.
+    """
+    here = [f"cluster={cluster}"] if cluster else []
+    text = _sacctmgr("associations", f"user={user_name()}", *here, columns=_ACCOUNT_COLUMNS)
+    if text is None:
+        return None
+    found = [_account(row) for row in rows(text, _ACCOUNT_COLUMNS) if row["Account"]]
+    return tuple(sorted(found, key=lambda one: (one.account or "", one.partition or "")))
+
+
+def _account(row: dict[str, str]) -> AccountLimits:
+    return AccountLimits(
+        account=row["Account"],
+        partition=word(row["Partition"]),
+        qos=tuple(sorted(names(row["QOS"]))),
+        default_qos=word(row["DefaultQOS"]),
+        max_time_min=minutes(row["MaxWall"]),
+        max_jobs=whole(row["MaxJobs"]),
+        max_submit_jobs=whole(row["MaxSubmitJobs"]),
+        max_tres=_amounts(row["MaxTRES"]),
+        max_tres_per_node=_amounts(row["MaxTRESPerNode"]),
+        group_tres=_amounts(row["GrpTRES"]),
+        group_jobs=whole(row["GrpJobs"]),
+        group_submit_jobs=whole(row["GrpSubmitJobs"]),
+    )
+
+
+def qos_limits() -> tuple[Qos, ...] | None:
+    """Every QOS this user may see, by name; None where accounting is off or does not say."""
+    text = _sacctmgr("qos", columns=_QOS_COLUMNS)
+    if text is None:
+        return None
+    return tuple(sorted((_qos(row) for row in rows(text, _QOS_COLUMNS) if row["Name"]), key=lambda one: one.name))
+
+
+def _qos(row: dict[str, str]) -> Qos:
+    return Qos(
+        name=row["Name"],
+        max_time_min=minutes(row["MaxWall"]),
+        max_jobs=whole(row["MaxJobsPU"]),
+        max_submit_jobs=whole(row["MaxSubmitPU"]),
+        max_tres=_amounts(row["MaxTRES"]),
+        max_tres_per_user=_amounts(row["MaxTRESPU"]),
+        max_tres_per_account=_amounts(row["MaxTRESPA"]),
+        group_tres=_amounts(row["GrpTRES"]),
+        min_tres=_amounts(row["MinTRES"]),
+        preempt_mode=word(row["PreemptMode"]),
+        preempt_grace_s=seconds(row["GraceTime"]),
+        preempts=tuple(sorted(names(row["Preempt"]))),
+        flags=names(row["Flags"]),
+    )
+
+
+def _amounts(text: str) -> str | None:
+    """Slurm's own words, where they name an amount."""
+    return text if tres(text) else None
+
+
+def _sacctmgr(what: str, *which: str, columns: tuple[str, ...]) -> str | None:
+    """One table of the accounting database; None where there is none, or it refuses or does not answer."""
+    command = ["sacctmgr", "--noheader", "--parsable2", "show", what, *which, f"format={','.join(columns)}"]
+    try:
+        return run_slurm(command, timeout_s=15)
+    except (ClusterError, TemporaryError):
+        return None
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
@@ -132,18 +227,16 @@ def probe_slurm() -> dict[str, Any]:
         TemporaryError, ClusterError: Slurm is not here, does not answer, or shows no partition.
     """
     found = partitions()
-    if not found:
-        raise ClusterError("Slurm shows no partition to this user; ask the administrators which one to use")
-    chosen = max(found, key=lambda partition: (bool(partition.gpus_per_node), partition.default, _gpus_of(partition)))
-    gpus = chosen.gpus_per_node or 0
+    chosen = best_partition(found)
+    count = chosen.gpus_per_node or 0
     kind = chosen.gpu_types[0] if chosen.gpu_types else None
     return {
         "name": cluster_name(),
         "executor": "slurm",
-        "gpu": _known_gpu(kind) if gpus else "cpu",
-        "gpus_per_node": gpus or 1,
+        "gpu": known_gpu(kind) if count else "cpu",
+        "gpus_per_node": count or 1,
         "gpu_type": kind,
-        "request_gpus": gpus > 0,
+        "request_gpus": count > 0,
         "max_nodes": chosen.max_nodes or chosen.nodes,
         "cpus_per_node": chosen.cpus_per_node or 1,
         "mem_bytes_per_node": chosen.mem_bytes_per_node or 0,
@@ -153,11 +246,22 @@ def probe_slurm() -> dict[str, Any]:
     }
 
 
+def best_partition(found: tuple[Partition, ...]) -> Partition:
+    """The default partition; where it has no GPUs, the one with most of them.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    if not found:
+        raise ClusterError("Slurm shows no partition to this user; ask the administrators which one to use")
+    return max(found, key=lambda partition: (bool(partition.gpus_per_node), partition.default, _gpus_of(partition)))
+
+
 def _gpus_of(partition: Partition) -> int:
     return (partition.gpus_per_node or 0) * partition.nodes
 
 
-def _known_gpu(gres_type: str | None) -> str:
+def known_gpu(gres_type: str | None) -> str:
     """Catalogue name of a GRES type such as a100.
 
     Raises:
@@ -176,16 +280,16 @@ def _known_gpu(gres_type: str | None) -> str:
 def probe_machine() -> dict[str, Any]:
     """Site fields of this machine: its GPUs by nvidia-smi, or its CPU."""
     cpus = len(os.sched_getaffinity(0))
-    gpus = _nvidia_gpus()
+    found = _nvidia_gpus()
     return {
         "name": "local",
         "executor": "local",
-        "gpu": gpu(gpus[0]).name if gpus else "cpu",
-        "gpus_per_node": len(gpus) or 1,
+        "gpu": gpu(found[0]).name if found else "cpu",
+        "gpus_per_node": len(found) or 1,
         "max_nodes": 1,
         "cpus_per_node": cpus,
         "mem_bytes_per_node": _memory_bytes(),
-        "request_gpus": bool(gpus),
+        "request_gpus": bool(found),
     }
 
 
