@@ -122,14 +122,13 @@ def _ranks(request: dict[str, Any], world: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], machine: str, date: str) -> str:
     """The rows as Markdown."""
-    heads = "run|checkpoint MB|waiting s|stall s|first stall s|share|written after s|steps beside|slower s|load".split(
-        "|"
-    )
+    heads = ["run", "checkpoint MB", "waiting s", "stall s", "first stall s", "share", "written after s"]
+    heads += ["steps beside", "slower s", "load"]
     lines = [
         f"# Saves on {machine}, {date}",
         "",
         "Written by `scripts/bench checkpoint`. Waiting: seconds a blocking save takes. Stall: seconds training stands",
-        "still for one in the background (copy and agreement); the first has the page faults of its buffers too. Share:",
+        "still for one in the background (copy and agreement); the first has the buffers' page faults too. Share:",
         "stall of waiting. Slower: how much longer the steps took that ran beside the writing, in all; here ranks and",
         "writers share the same cores, with free ones or GPUs it is less. Medians of three, of two after the first.",
         "Load: the machine's load average afterwards; above its cores where other work ran beside this.",
