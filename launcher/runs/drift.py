@@ -96,9 +96,9 @@ def _code(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         yield f"packages changed since the run began: {listed}"
     code, current = before.get("code") or {}, now.get("code") or {}
     if (code.get("commit"), code.get("diff")) != (current.get("commit"), current.get("diff")):
-        commits = [str(each.get("commit"))[:10] for each in (code, current)]
-        edited = " with uncommitted changes" if current.get("diff") else ""
-        yield f"the launcher's own code changed since the run began ({commits[0]} -> {commits[1]}{edited})"
+        was_at, is_at = (str(each.get("commit"))[:10] for each in (code, current))
+        where = f"uncommitted changes of {is_at}" if was_at == is_at else f"{was_at} -> {is_at}"
+        yield f"the launcher's own code changed since the run began ({where}); the job runs today's"
 
 
 def _recipe_file(run: RunFolder, origin: Any) -> Iterator[str]:
