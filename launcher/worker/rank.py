@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -194,7 +195,10 @@ class Rank:
         if self.place.rank == 0:
             if checkpoints.reshaped:
                 self.folder.record("reshaped", **self.place.names, step=loop.memory.step, **checkpoints.reshaped)
-            self.folder.record("resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name)
+            seconds = round(time.monotonic() - self.started_s, 3)
+            self.folder.record(
+                "resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name, seconds=seconds
+            )
 
     def _note_hosts(self) -> None:
         """Which machines take part is known once they have met."""
