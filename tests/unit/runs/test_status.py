@@ -145,6 +145,18 @@ def test_without_accounting_the_controller_is_asked(run: RunFolder, fake_slurm: 
     assert status.run_status(run).state == "FAILED"
 
 
+@pytest.mark.parametrize("gone", [{"stderr": "slurm_load_jobs error: Invalid job id specified", "status": 1}, {}])
+def test_with_its_database_down_slurm_is_still_believed(run: RunFolder, fake_slurm: FakeSlurm, gone: dict) -> None:
+    """A job that left the queue (squeue says so in two ways), accounting that fails: the controller's memory tells."""
+    fake_slurm.say("squeue", **gone)
+    fake_slurm.say("sacct", stderr="sacct: error: Problem talking to the database: Connection refused", status=1)
+    fake_slurm.say("scontrol", "JobId=42 JobName=x JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15 NodeList=node1\n")
+    now = status.run_status(run)
+    assert (now.state, now.ended) == ("TIMEOUT", True)
+    fake_slurm.say("scontrol", stderr="slurm_load_jobs error: Invalid job id specified", status=1)
+    assert status.run_status(run).state == "UNKNOWN"
+
+
 def test_newer_sacct_fields_are_asked_and_done_without(fake_slurm: FakeSlurm) -> None:
     """`Restarts` is younger than the oldest Slurm we work with."""
     fake_slurm.say("sacct", stderr='sacct: error: Invalid field requested: "Restarts"', status=1)
