@@ -21,7 +21,7 @@ from typing import Any
 from launcher.runs.remains import Report, Said, last_words, number, one_line, read_reports, slurm_lines, text
 from launcher.runs.remedies import command_for
 from launcher.runs.state import Evidence
-from launcher.runs.symptoms import AGAIN, CONSEQUENCES, Cause, cause_of_exit, cause_of_signal
+from launcher.runs.symptoms import AGAIN, CONSEQUENCES, Cause, cause_of_error, cause_of_exit, cause_of_signal
 from launcher.runs.view import JobView
 
 __all__ = ["Attempt", "Cause", "Diagnosis", "diagnose", "newest_attempt"]
@@ -104,7 +104,8 @@ def attempt_of(events: tuple[Mapping[str, Any], ...], name: str) -> Attempt:
         said = text(event.get("attempt"))
         current = said or current
         of_job = event.get("event") in ("cancelled", "ended") and str(event.get("job_id")) == job_id
-        if said == name or (said is None and (current == name or (of_job and current in (None, name)))):
+        unclaimed = current is None and (of_job or event.get("event") == "failed")
+        if said == name or (said is None and (current == name or unclaimed)):
             own.append(event)
     return Attempt(name=name, events=tuple(own))
 
@@ -147,7 +148,7 @@ class _Case:
         """The first of these that knows something."""
         looks = (
             self._finished, self._cancelled, self._stopped, self._reported, self._by_slurm, self._killed,
-            self._complained, self._by_codes, self._consequences, self._silent,
+            self._complained, self._told, self._by_codes, self._consequences, self._silent,
         )  # fmt: skip
         return next(found for look in looks for found in look())
 
@@ -246,6 +247,19 @@ class _Case:
                 cause, sentence = Cause.LAUNCH_FAILED, f"{who}{on} ended before it could begin"
             yield _found(cause, sentence, rank=said.rank, host=said.host, **_of_line(said, None))
 
+    def _told(self) -> Iterator[Diagnosis]:
+        """A rank's words in the ledger, where it could not write its report."""
+        for event in self.attempt.events if not self.reports else ():
+            error = text(event.get("error"))
+            if event.get("event") != "failed" or error is None:
+                continue
+            kind, _, message = error.partition(": ")
+            cause = cause_of_error(kind, message)
+            if cause not in CONSEQUENCES:
+                rank, words = number(event.get("rank")), one_line(error)
+                where = str(self.evidence.run.attempts)
+                yield _found(cause, f"rank {rank} failed: {words}", evidence=words, where=where, rank=rank)
+
     def _by_codes(self) -> Iterator[Diagnosis]:
         """Exit codes that the local controller wrote down."""
         ended = self.attempt.last("ended") or {}
@@ -297,13 +311,7 @@ class _Case:
         path = log if log.exists() or not controller.exists() else controller
         words = last_words(path)
         facts = {"evidence": words, "where": str(path) if words else None}
-        failed = self.attempt.last("failed")
-        if failed is not None:
-            rank = number(failed.get("rank"))
-            code = number(failed.get("exit_code"))
-            cause = cause_of_exit(code) if code else Cause.UNKNOWN
-            yield _found(cause, f"rank {rank} failed: {one_line(str(failed.get('error')))}", rank=rank, **facts)
-        elif not self.attempt.began and self.exit_code:
+        if not self.attempt.began and self.exit_code:
             yield _found(Cause.LAUNCH_FAILED, f"no rank ever began (exit status {self.exit_code})", **facts)
         elif not self.attempt.began and self.exit_code is None:
             yield _found(Cause.NEVER_STARTED, "no rank ever began", **facts)
