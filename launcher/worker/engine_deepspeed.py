@@ -16,7 +16,7 @@ from launcher.errors import JobFailedError, RecipeError
 from launcher.planning.plan import Candidate
 from launcher.worker.engine import Batch, StepResult, Votes, no_votes
 from launcher.worker.loss import refuse_non_finite, sum_over_ranks, summed_token_loss, trained_tokens
-from launcher.worker.operators import load_shared_memory_operator
+from launcher.worker.operators import forget_shared_memory, load_shared_memory_operator
 from launcher.worker.optimizer import make_optimizer, set_learning_rate
 from launcher.worker.reshape import load_into_zero
 from launcher.worker.saved import ZERO_FOLDER, shape_of
@@ -35,6 +35,8 @@ def prepare_deepspeed() -> None:
     if dist.get_backend() == "gloo":
         load_shared_memory_operator()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    if dist.get_backend() == "gloo":
+        forget_shared_memory()
 
 
 class DeepSpeedEngine:

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 
 def load_shared_memory_operator() -> None:
     """Load (at first: compile) what DeepSpeed needs for collectives on CPUs, before it does so itself."""
@@ -20,6 +22,18 @@ def load_shared_memory_operator() -> None:
 
     with alone(Path(_get_build_directory(ShareMemCommBuilder.NAME, False))):
         ShareMemCommBuilder().load(verbose=False)
+
+
+def forget_shared_memory() -> None:
+    """Take away the names of the buffers that DeepSpeed's CPU collectives map; collective.
+
+    Nobody else ever does: 66 MiB of the node's memory per rank stayed behind after every run, also after those that
+    ended well. Every rank has mapped them when this is called, and what is mapped lives until the last process ends.
+    """
+    dist.barrier()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
