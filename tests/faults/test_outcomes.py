@@ -216,7 +216,7 @@ def test_accelerator_out_of_memory(_case: None, local_bed: LocalBed, local_refer
     first, second = story(run)
     row.seen = f"changes {first.decision['changes']}"
     assert (first.cause, second.cause) == ("gpu_out_of_memory", FINISHED)
-    candidate = json.loads(run.plan.read_text())["chosen"]["candidate"]
+    candidate = json.loads(run.plan.read_text())["chosen"]
     assert (candidate["micro_batch"], candidate["gradient_accumulation"]) == (1, 4)
     found, expected = sequence(run), sequence(local_reference("lora"))
     assert all(found[step][1:] == expected[step][1:] for step in expected)
