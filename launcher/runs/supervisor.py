@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError
-from launcher.runs import autopsy, orphans, process, stacks
+from launcher.runs import autopsy, orphans, process, shared_memory, stacks
 from launcher.runs.folder import RunFolder
 from launcher.runs.pulse import ORDERLY, Pulse, PulseReading
 from launcher.runs.stacks import Stacks
@@ -104,6 +104,7 @@ class Supervisor:
         process.adopt_orphans()
         for told in orphans.end_orphans(self._run.path):
             _say(f"ended {told}, left behind by an earlier attempt whose supervisor was killed")
+        shared_memory.sweep()
         self._start()
         while True:
             self._signals()
@@ -197,6 +198,8 @@ class Supervisor:
             _bounded(lambda: self._write_death(ending, reading, stack), _FILES_S)
         self._end_family(patience_s=_LEAVE_S if orderly else 0.0)
         _bounded(lambda: orphans.end_orphans(self._run.path), _FILES_S)
+        if not orderly:
+            shared_memory.sweep()
         if ending.signal is not None:
             return 128 + ending.signal
         return ending.code if orderly or ending.code else VANISHED_EXIT
