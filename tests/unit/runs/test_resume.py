@@ -336,11 +336,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(run: RunFolder, fake_slu
 
 
 def test_a_range_of_nodes_can_be_allowed_later(run: RunFolder) -> None:
-    """survival.min_nodes: layouts and configurations for fewer nodes lie beside the plan, and Slurm gets a range."""
-    done = resumed(run, "survival.min_nodes=1")
+    """survival.min_nodes: layouts and configurations for fewer nodes lie beside the plan."""
+    resumed(run, "survival.min_nodes=1")
     plan = plan_from_json(json.loads(run.plan.read_text()))
     assert [each.world_size for each in plan.elastic] == [2]
-    assert (done.request.nodes, done.request.node_counts) == (2, (1,))
     assert json.loads(run.ds_config_of(2).read_text())["gradient_accumulation_steps"] == 2
     assert run.ds_config_of(4) == run.ds_config
 
