@@ -25,7 +25,7 @@ _LONGEST_NUMBER = 18
 def records(text: str, first_key: str) -> Iterator[dict[str, str]]:
     """The records of `scontrol show KIND`, with --oneliner or without; each starts with `first_key`=.
 
-    A value ends where the next key begins, so names and operating systems with spaces stay whole.
+    A value ends where the next key or the line does, so names and operating systems with spaces stay whole.
     """
     for block in re.split(rf"^(?={re.escape(first_key)}=)", text, flags=re.MULTILINE):
         if block.startswith(f"{first_key}="):
@@ -36,7 +36,7 @@ def _fields(block: str) -> Iterator[tuple[str, str]]:
     found = list(_KEY.finditer(block))
     ends = [match.start() for match in found[1:]] + [len(block)]
     for match, end in zip(found, ends, strict=True):
-        yield match[1], block[match.end() : end].strip()
+        yield match[1], block[match.end() : end].split("\n", 1)[0].strip()
 
 
 def settings(text: str) -> dict[str, str]:

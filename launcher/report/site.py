@@ -22,8 +22,8 @@ def profile_text(found: Survey, site: str, date: str) -> str:
     """The file `launcher init` writes: values in the order of Site's fields, then what is not known."""
     lines = [
         f"# {site}: what `launcher init` found on {date}. Entries say where they come from; correct what is not so.",
-        "# Free space, quotas and account_limits are those of the user who asked. venv, setup and env belong to whoever",
-        "# runs the jobs and are not in here.",
+        "# Free space, quotas and account_limits are those of the user who asked; venv, setup and env are left to",
+        "# whoever runs the jobs.",
     ]
     order = [field.name for field in fields(Site)]
     for key in sorted(found.values, key=order.index):
@@ -111,6 +111,7 @@ def _scalar(value: Any) -> str:
         return "true" if value else "false"
     if not isinstance(value, str):
         return str(value)
+    value = "".join(letter if letter.isprintable() else "?" for letter in value)
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not value[0].isdigit():
         return value
     return json.dumps(value, ensure_ascii=False)
