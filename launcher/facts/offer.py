@@ -99,6 +99,7 @@ class AccountLimits:
     max_tres: str | None = None
     max_tres_per_node: str | None = None
     group_tres: str | None = None
+    """Most of all jobs of the user in this account, or of the whole account; so are the next two."""
     group_jobs: int | None = None
     group_submit_jobs: int | None = None
 

@@ -30,6 +30,8 @@ _ACCOUNT_COLUMNS = (
     *("DefaultQOS", "Partition", "User", "QOS", "Account"),
 )
 """Names come last: whatever stands in one, the amounts before it are read right."""
+_MOST_ACCOUNTS = 50
+"""Accounts of one question."""
 
 
 def slurm_answers() -> bool:
@@ -153,11 +155,26 @@ def account_limits(cluster: str | None = None) -> tuple[AccountLimits, ...] | No
     text = _sacctmgr("associations", f"user={user_name()}", *here, columns=_ACCOUNT_COLUMNS)
     if text is None:
         return None
-    found = [_account(row) for row in rows(text, _ACCOUNT_COLUMNS) if row["Account"]]
+    mine = [row for row in rows(text, _ACCOUNT_COLUMNS) if row["Account"]]
+    whole_accounts = _limits_of_accounts(sorted({row["Account"] for row in mine}), here)
+    found = [_account(row, whole_accounts.get(row["Account"], {})) for row in mine]
     return tuple(sorted(found, key=lambda one: (one.account or "", one.partition or "")))
 
 
-def _account(row: dict[str, str]) -> AccountLimits:
+def _limits_of_accounts(accounts: list[str], here: list[str]) -> dict[str, dict[str, str]]:
+    """Account -> the row of the account itself, whose group limits hold for all its users together."""
+    plain = [account for account in accounts if re.fullmatch(r"[\w.@+-]+", account)]
+    if not plain:
+        return {}
+    which = (f"account={','.join(plain[:_MOST_ACCOUNTS])}", "user=", *here)
+    text = _sacctmgr("associations", *which, columns=_ACCOUNT_COLUMNS)
+    return {row["Account"]: row for row in rows(text or "", _ACCOUNT_COLUMNS) if not row["User"]}
+
+
+def _account(row: dict[str, str], whole_account: dict[str, str]) -> AccountLimits:
+    def group(column: str) -> str:
+        return row[column] or whole_account.get(column, "")
+
     return AccountLimits(
         account=row["Account"],
         partition=word(row["Partition"]),
@@ -168,9 +185,9 @@ def _account(row: dict[str, str]) -> AccountLimits:
         max_submit_jobs=whole(row["MaxSubmitJobs"]),
         max_tres=_amounts(row["MaxTRES"]),
         max_tres_per_node=_amounts(row["MaxTRESPerNode"]),
-        group_tres=_amounts(row["GrpTRES"]),
-        group_jobs=whole(row["GrpJobs"]),
-        group_submit_jobs=whole(row["GrpSubmitJobs"]),
+        group_tres=_amounts(group("GrpTRES")),
+        group_jobs=whole(group("GrpJobs")),
+        group_submit_jobs=whole(group("GrpSubmitJobs")),
     )
 
 

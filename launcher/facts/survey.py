@@ -66,7 +66,7 @@ class Survey:
 def survey(
     *, partition: str | None = None, account: str | None = None, runs: Path, environ: Mapping[str, str] = os.environ
 ) -> Survey:
-    """Ask Slurm and this machine; seven short commands at most.
+    """Ask Slurm and this machine; eight short commands at most.
 
     Args:
         partition: the one whose nodes the profile describes [the default one, or the one with most GPUs].

@@ -35,7 +35,8 @@ def command(
     from launcher.runs.site_profile import check_free, check_name, site_name, write_new
     from launcher.runs.status import runs_folder
 
-    name = check_name(site or (output.stem if output else site_name(cluster_name())))
+    default = output.stem if output else site_name(cluster_name()) if site is None else ""
+    name = check_name(default if site is None else site)
     path = output or Path("slurm") / f"{name}.yaml"
     if not dry_run:
         check_free(path)

@@ -36,6 +36,14 @@ def test_accounting_is_really_absent() -> None:
     assert "accounting storage is disabled" in slurm("sacct")
 
 
+def test_a_site_is_surveyed_without_accounting(bed: Bed) -> None:
+    """`init` does without sacctmgr, and its profile says that there is no accounting."""
+    answer = bed.launcher("init", "--site", "bare", "--dry-run").expect()
+    assert "accounting: false" in answer.out
+    assert "# qos_limits: this cluster has no accounting" in answer.out
+    assert "preempt_type: preempt/partition_prio" in answer.out
+
+
 def test_a_run_completes(bed: Bed, killed: RunFolder, lora: RunFolder) -> None:
     """`wait`, `status` and `logs` reach the end of a run without sacct."""
     assert bed.finished(lora)["step"] == 6

@@ -11,7 +11,8 @@ _ASKED = {
     "config": ("scontrol", "show config"),
     "partition": ("scontrol", "show partition"),
     "sinfo": ("sinfo", "--format"),
-    "associations": ("sacctmgr", "show associations"),
+    "accounts": ("sacctmgr", "show associations account="),
+    "associations": ("sacctmgr", "show associations user="),
     "qos": ("sacctmgr", "show qos"),
     "help": ("srun", "--help"),
 }

@@ -107,6 +107,8 @@ def test_what_newer_versions_write_differently(tools: Path, tmp_path: Path, monk
     assert (cpu.up, cpu.deny_accounts, cpu.cpus_per_node) == (False, ("guests",), 2)
     assert partition(site, "slices").gpu_types == ("nvidia_a100_3g.20gb",)
     assert (site.preempt_signal, site.preempt_mode, site.enforce_part_limits) == (True, "GANG,REQUEUE", "ANY")
+    assert tres(site.account_limits[0].group_tres)["gres/gpu"] == 64, "a limit of the whole account"
+    assert (site.account_limits[0].group_jobs, site.account_limits[0].group_submit_jobs) == (16, 100)
     assert all(one.flags == ("DenyOnLimit",) for one in site.qos_limits)
     assert [one.name for one in site.qos_limits] == ["debug", "preempt", "regular"], "spare is not granted"
 
