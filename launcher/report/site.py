@@ -111,10 +111,10 @@ def _scalar(value: Any) -> str:
         return "true" if value else "false"
     if not isinstance(value, str):
         return str(value)
-    value = "".join(letter if letter.isprintable() else "?" for letter in value)
-    if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not value[0].isdigit():
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    text = "".join(letter if letter.isprintable() else "?" for letter in value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not text[0].isdigit():
+        return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _one_line(text: str) -> str:

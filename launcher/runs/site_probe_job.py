@@ -37,7 +37,7 @@ URLS = {"huggingface.co": "https://huggingface.co", "api.wandb.ai": "https://api
 _SOURCE = "probe job"
 
 
-def ask_node(found: Survey, runs: Path, *, qos: str | None = None, say: Callable[[str], None]) -> None:
+def ask_node(found: Survey, runs: Path, *, say: Callable[[str], None]) -> None:
     """Run the job and add its answer to `found`.
 
     `runs` is the folder of the runs: the job's files lie in it while it lives, which also shows whether nodes see it.
@@ -48,7 +48,7 @@ def ask_node(found: Survey, runs: Path, *, qos: str | None = None, say: Callable
     """
     with _folder(runs) as folder, _marks(found) as marks:
         write_json(folder / REQUEST, {"urls": URLS, "marks": {"runs": str(folder / REQUEST), **marks}})
-        job_id = _submit(found, folder, qos)
+        job_id = _submit(found, folder)
         say(f"submitted job {job_id} to partition {found.values['default_partition']}; waiting for its answer")
         try:
             answer = _wait(job_id, folder)
@@ -100,7 +100,7 @@ def _marks(found: Survey) -> Iterator[dict[str, str]]:
             Path(mark).unlink(missing_ok=True)
 
 
-def _submit(found: Survey, folder: Path, qos: str | None) -> str:
+def _submit(found: Survey, folder: Path) -> str:
     """Id of the submitted job; it asks for one GPU where the partition has any, as many sites insist."""
     package = str(Path(__file__).parents[2])
     script = (
@@ -119,7 +119,6 @@ def _submit(found: Survey, folder: Path, qos: str | None) -> str:
         "chdir": str(folder),
         "partition": found.values["default_partition"],
         "account": found.values.get("account"),
-        "qos": qos,
         "export": ",".join(_exported(os.environ)),
         "gpus-per-node": (f"{kind}:1" if kind else "1") if found.values.get("request_gpus") else None,
     }

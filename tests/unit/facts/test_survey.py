@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 from launcher.errors import ClusterError, TemporaryError
 from launcher.facts import probe, survey
@@ -212,6 +216,67 @@ def test_hostile_answers_stay_text(tools: Path, tmp_path: Path, monkeypatch: pyt
     assert [one.name for one in site.partitions] == [odd, "null"], "an unprintable name is left out"
     assert site.account_limits[0].account == "pipe|in|account"
     assert (site.qos_limits[0].max_time_min, site.qos_limits[0].max_tres_per_user) == (None, None)
+
+
+WORDS = [
+    *(
+        "PartitionName=",
+        "NodeName=",
+        "\n",
+        "|",
+        "||||||||",
+        " ",
+        "=",
+        ",",
+        ":",
+        "#",
+        "- ",
+        "\x00",
+        "\x1b[31m",
+        "\u2028",
+        "é",
+    ),
+    *(
+        " State=UP",
+        " MaxTime=1:00",
+        " AllowAccounts=",
+        " QoS=",
+        " GraceTime=",
+        "gpu:a100:8",
+        "cpu=4,mem=9G",
+        "null",
+        "1-0",
+    ),
+    *("ClusterName = x\n", "PreemptType = ", "KillWait = 30 sec\n", "AccountingStorageType = a/slurmdbd\n", "9" * 40),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(WORDS) | st.text(max_size=6), max_size=25).map("".join), min_size=5, max_size=5)
+)
+def test_any_answer_makes_a_profile_that_reads_back(answers: list[str]) -> None:
+    """Or is refused because it shows no partition; never a traceback, never a file that the next plan cannot read."""
+    spoken = dict(zip(("config", "partition", "sinfo", "associations", "qos"), answers, strict=True))
+
+    def slurm(command: list[str], **_: float) -> str:
+        return spoken.get("sinfo" if command[0] == "sinfo" else command[command.index("show") + 1], "")
+
+    def absent(command: list[str], **_: float) -> str:
+        raise TemporaryError(f"{command[0]} is not here")
+
+    spoken["partition"] = f"PartitionName={spoken['partition']}"
+    here = (patch.object(probe, "run_slurm", slurm), patch.object(survey, "run_slurm", slurm))
+    with TemporaryDirectory() as folder, here[0], here[1], patch.object(survey, "run_command", absent):
+        try:
+            found = survey.survey(runs=Path(folder), environ={})
+        except ClusterError as error:
+            assert "no partition" in str(error)
+            event("refused")
+            return
+        path = Path(folder) / "x.yaml"
+        path.write_text(profile_text(found, "x", "2026-11-22"), encoding="utf-8")
+        assert set(read_profile(path)) == {"name", *found.values}
 
 
 def test_endless_lists_are_cut_and_the_file_says_so(
