@@ -202,7 +202,8 @@ def _ask_accounting(found: Survey, account: str | None) -> None:
     if account is not None:
         _check_account(account, limits)
         limits = tuple(one for one in limits if one.account == account)
-        found.note("account", account, "asked for; sacctmgr show associations")
+        named = "; it carries your name, so leave it out of what you send" if _is_personal(account) else ""
+        found.note("account", account, f"asked for; sacctmgr show associations{named}")
     granted = {name for one in limits for name in one.qos}
     shown = tuple(one for one in qos if (not granted or one.name in granted) and one.name.isprintable())
     found.note("qos_limits", _most(found, "qos_limits", shown) or None, "sacctmgr show qos, those you may use")
