@@ -289,8 +289,8 @@ def known_gpu(gres_type: str | None) -> str:
     except ClusterError as error:
         what = f"GPUs of type {gres_type!r}" if gres_type else "GPUs without a type"
         raise ClusterError(
-            f"Slurm offers {what}, which does not say what they are; `launcher init --probe-job` asks a node and writes "
-            f"slurm/<site>.yaml, or write it with `gpu:` yourself. {error}"
+            f"Slurm offers {what}, which does not say what they are; `launcher init --probe-job` asks a node and "
+            f"writes slurm/<site>.yaml, or write it with `gpu:` yourself. {error}"
         ) from error
 
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.errors import ClusterError
 from launcher.facts import slurm_text
 from launcher.facts.places import lustre_quota_left, mount_of, place, quota_left
+from launcher.facts.profile import read_profile
 
 MOUNTS = """\
 /dev/sda1 / ext4 rw 0 0
@@ -102,3 +104,17 @@ def test_a_folder_that_does_not_exist_yet_has_the_space_of_the_one_above(tmp_pat
     """The runs folder is made later; its file system is known now."""
     found = place("runs", "runs", tmp_path / "not" / "yet")
     assert found is not None and found.type and found.free_bytes and found.free_bytes > 0
+
+
+def test_zero_is_allowed_where_it_means_something(tmp_path: Path) -> None:
+    """A partition may have no nodes or GPUs and a grace of no seconds; a site without CPUs is a mistake."""
+    profile = tmp_path / "x.yaml"
+    profile.write_text("partitions: [{name: a, nodes: 0, gpus_per_node: 0, preempt_grace_s: 0}]\nkill_wait_s: 0\n")
+    assert read_profile(profile)["partitions"][0].gpus_per_node == 0
+    profile.write_text("cpus_per_node: 0\npartitions: [{nodes: -1}]\nqos_limits: [{max_jobs: 1}]\n")
+    with pytest.raises(ClusterError) as caught:
+        read_profile(profile)
+    said = str(caught.value)
+    assert "cpus_per_node is '0'; expected more than 0" in said
+    assert "nodes is '-1'; expected 0 or more" in said
+    assert "a partition needs a name" in said and "a QOS needs a name" in said
