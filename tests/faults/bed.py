@@ -17,7 +17,7 @@ from launcher.runs.folder import RunFolder, read_json_lines
 from tests import tiny
 from tests.cluster.bed import Answer, Bed, slurm, tail
 from tests.faults.invariants import processes_of
-from tests.faults.story import events, sequence
+from tests.faults.story import events, sequence, story
 
 STEPS = 40
 SAVE_STEPS = 4
@@ -72,6 +72,13 @@ class FaultBed(Bed):
         """`launcher submit`, which must succeed."""
         answer = self.launcher("submit", recipe, *words, "--json", **environ).expect()
         return RunFolder(Path(json.loads(answer.out)["path"]))
+
+    def finished(self, run: RunFolder) -> dict[str, Any]:
+        """Wait for a run that must succeed, and for the last word about it; its result.json."""
+        result = super().finished(run)
+        # The result is written a moment before the last attempt is decided about.
+        self.until(lambda: story(run)[-1].decision, "the last word about the run", run)
+        return result
 
     def after_step(self, run: RunFolder, step: int, limit_s: float = 300.0) -> None:
         """Return as soon as `step` is logged."""
