@@ -263,14 +263,21 @@ def submit(
     **sbatch_flags: str | None,
 ) -> None:
     """Check everything that can be checked, then submit (or run here with --local)."""
+    from launcher.errors import ClusterError, DoesNotFitError
     from launcher.planning.prepare import plan_recipe
+    from launcher.recipe.load import load_recipe
     from launcher.recipe.shipped import find_recipe
     from launcher.runs import launching, submission
 
     chosen = [f"{_SBATCH_FLAGS[flag]}={value}" for flag, value in sbatch_flags.items() if value is not None]
     chosen += ["slurm.site=local"] if local else []
     asked = [*read_overrides(overrides), *chosen]
-    planned = plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue)
+    try:
+        planned = plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue)
+    except (ClusterError, DoesNotFitError):
+        if load_recipe(find_recipe(recipe), asked).slurm.site == "auto":
+            launching.refuse_while_away()
+        raise
     show_notices(planned.loaded.notices)
     if dry_run:
         request, notices = launching.dry_run(planned)

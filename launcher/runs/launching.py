@@ -48,8 +48,17 @@ def _refuse_by_accident_here(planned: Planned) -> None:
     Raises:
         TemporaryError: Slurm is set up on this machine and does not answer.
     """
-    named = planned.recipe.slurm.site != AUTO or os.environ.get("LAUNCHER_SITE")
-    if planned.site.executor == "local" and not named and (words := controller_is_away()) is not None:
+    if planned.site.executor == "local" and planned.recipe.slurm.site == AUTO:
+        refuse_while_away()
+
+
+def refuse_while_away() -> None:
+    """For recipes that name no site, also where no plan could be made: this machine alone is rarely what they ask for.
+
+    Raises:
+        TemporaryError: Slurm is set up on this machine and does not answer.
+    """
+    if not os.environ.get("LAUNCHER_SITE") and (words := controller_is_away()) is not None:
         raise TemporaryError(
             f"Slurm is set up here and its controller does not answer ({words}), so nothing was submitted; try again "
             "later, or run on this machine with: launcher submit --local"
