@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
-import re
 import socket
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from launcher import __version__
 from launcher.errors import LauncherError
 from launcher.facts.command import run_command
 from launcher.facts.probe import user_name
+from launcher.runs.redaction import redact
 
 PACKAGES = (
     "accelerate bitsandbytes click cloudpickle datasets deepspeed finetune-launcher numpy omegaconf peft pyarrow"
@@ -22,14 +21,6 @@ PACKAGES = (
 )
 """Packages whose version can change a result or a job."""
 MAX_DIFF_CHARACTERS = 500_000
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SECRET_FORMS = (
-    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
-    re.compile(r"\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{16,}"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    re.compile(r"(?i)(?<=key[ =:'\"])\s*['\"]?[0-9a-f]{32,}"),
-    re.compile(r"\b[0-9a-f]{40}\b(?=['\"])"),
-)
 
 
 def environment_facts(job_python: str) -> dict[str, Any]:
@@ -75,13 +66,3 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     except LauncherError:
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None
-
-
-def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables and without token-shaped words."""
-    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, "[redacted]")
-    for form in _SECRET_FORMS:
-        text = form.sub("[redacted]", text)
-    return text

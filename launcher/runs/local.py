@@ -24,6 +24,7 @@ from launcher.runs.folder import RunFolder
 from launcher.runs.policy import Action, Decision
 from launcher.runs.request import JobRequest
 from launcher.runs.sbatch import python_words
+from launcher.runs.train_job import nothing, task_words, without_pickle
 
 PEERS_MAY_FINISH_S = 8.0
 """After one rank has failed, the others have this long to notice by themselves and say so in their logs."""
@@ -39,7 +40,7 @@ class LocalExecutor(submitit_local.LocalExecutor):  # type: ignore[misc]
     """submitit's local executor for one JobRequest; the job id is the controller's process number."""
 
     def __init__(self, request: JobRequest) -> None:
-        super().__init__(RunFolder(Path(request.run_dir)).submission, python=shlex.join(python_words(request)))
+        super().__init__(RunFolder(Path(request.run_dir)).submission)
         self._request = request
 
     def _submit_command(self, command: str) -> Any:
@@ -217,10 +218,8 @@ def _collect_children() -> None:
 
 def start(request: JobRequest) -> str:
     """Start a local job through submitit and return its id."""
-    from launcher.runs.train_job import TrainJob
-
-    executor = LocalExecutor(request)
-    return str(executor.submit(TrainJob(request.run_dir)).job_id)
+    words = task_words(python_words(request), request.run_dir)
+    return str(without_pickle(LocalExecutor, words)(request).submit(nothing).job_id)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from launcher.runs.folder import write_atomic, write_json
 from launcher.runs.preview import prepare_cache
 from launcher.runs.request import bad_characters
 from launcher.runs.status import runs_folder
+from launcher.runs.variables import exported_names, leave_secrets, private_files, read_secrets
 
 _TIME_MIN = 24 * 60
 
@@ -54,9 +55,12 @@ def submit(path: Path, overrides: list[str]) -> str:
         "partition": recipe.slurm.partition or site.default_partition,
         "account": recipe.slurm.account or site.account,
         "qos": recipe.slurm.qos or site.qos,
+        "export": ",".join(exported_names(os.environ)) or "NONE",
     }
     named = [f"--{key}={value}" for key, value in options.items() if value]
-    answer = run_slurm(["sbatch", "--parsable", *named, str(folder / "job.sh")])
+    leave_secrets(folder)
+    with private_files():
+        answer = run_slurm(["sbatch", "--parsable", *named, str(folder / "job.sh")])
     return answer.strip().split(";")[0]
 
 
@@ -64,6 +68,7 @@ def main(folder: Path) -> int:
     """What the job does; returns the exit code of the error's class."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     os.chdir(request["cwd"])
+    os.environ |= read_secrets(folder)
     try:
         made = prepare_cache(Path(request["recipe"]), request["overrides"])
     except LauncherError as error:

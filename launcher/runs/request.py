@@ -67,6 +67,8 @@ class JobRequest:
     """Of the site profile; never recipe text."""
     chdir: str
     """Working folder of the job: where `submit` was typed, so that relative paths mean the same."""
+    export: tuple[str, ...] = ()
+    """Names of the submitter's variables that Slurm may keep with the job; no values, no secrets."""
 
     @property
     def log(self) -> str:
@@ -117,6 +119,9 @@ class JobRequest:
             yield f"output_dir: Slurm replaces % in file names; choose a path without it: {self.run_dir!r}"
 
     def _bad_shell_values(self) -> Iterator[str]:
+        for name in self.export:
+            if not _VARIABLE.fullmatch(name):
+                yield f"export: {name!r} is not the name of an environment variable"
         for key, value in self.env.items():
             if not _VARIABLE.fullmatch(key):
                 yield f"env: {key!r} is not the name of an environment variable"
@@ -143,7 +148,7 @@ def request_from_json(document: Mapping[str, Any]) -> JobRequest:
     values = dict(document)
     try:
         values["container"] = Container(**{**values["container"], "mounts": tuple(values["container"]["mounts"])})
-        for name in ("setup", "srun_args", "node_counts"):
+        for name in ("setup", "srun_args", "node_counts", "export"):
             values[name] = tuple(values.get(name, ()))
         return JobRequest(**values)
     except (TypeError, KeyError) as error:

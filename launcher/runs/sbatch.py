@@ -1,8 +1,8 @@
 """sbatch: JobRequest -> script text, through submitit and without it.
 
-Both scripts carry the same `#SBATCH` lines, the same set-up, the same srun and the same lines around it; only what srun
-starts differs (submitit's entry, or the supervisor). What follows srun is the aftermath, which is given srun's exit
-status and whose own status is the job's: any other command there would hide a failure.
+Both scripts carry the same `#SBATCH` lines, the same set-up, the same srun and the same lines around it. What follows
+srun is the aftermath, which is given srun's exit status and whose own status is the job's: any other command there
+would hide a failure.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from typing import Any
 
 from launcher.runs.remains import MARKER
 from launcher.runs.request import JobRequest
+from launcher.runs.train_job import task_words
 
 Directives = dict[str, str | int | bool]
-WAITING_PICKLE = "train_job.pkl"
-"""What every job of a run does, in submitit's folder; the same for all of them."""
+_MODULES = (
+    "for file in /etc/profile.d/lmod.sh /etc/profile.d/modules.sh /etc/profile.d/z00_lmod.sh"
+    ' "${LMOD_PKG:-}/init/bash" "${MODULESHOME:-}/init/bash"; do'
+    ' type module >/dev/null 2>&1 && break; [ -r "$file" ] && . "$file"; done'
+)
+"""`module` is a shell function: it does not come along with variables that are passed on by name."""
 
 
 def directives(request: JobRequest) -> Directives:
     """The sbatch long options of the job; True stands for an option without a value."""
     wanted: dict[str, str | int | bool | None] = {
         "job_name": request.name,
-        "nodes": f"{request.node_counts[0]}-{request.nodes}" if request.node_counts else request.nodes,
-        "ntasks_per_node": request.tasks_per_node,
+        **_size(request),
         "cpus_per_task": request.cpus_per_task,
         "gpus_per_node": _gpus(request),
         "mem": request.mem,
@@ -40,12 +44,28 @@ def directives(request: JobRequest) -> Directives:
         # The batch script shares rank 0's log: they run on the same node, and srun's complaints belong there.
         "output": request.log.replace("%t", "0"),
         "chdir": request.chdir,
+        # Slurm keeps the variables that sbatch hands on: only those named here, and no secret (see variables.py).
+        "export": ",".join(request.export) or "NONE",
     }
     ours: Directives = {key: value for key, value in wanted.items() if value is not None}
     return ours | {
         key.removeprefix("--").replace("_", "-"): True if value is None else value
         for key, value in request.extra.items()
         if value is not False
+    }
+
+
+def _size(request: JobRequest) -> dict[str, str | int]:
+    """How many nodes, and what of each.
+
+    A range of nodes must not say tasks: with them Slurm gives the fewest nodes, however many are free. So it asks for
+    the CPUs of a node's tasks, and srun is told of the tasks in the script.
+    """
+    if not request.node_counts:
+        return {"nodes": request.nodes, "ntasks_per_node": request.tasks_per_node}
+    return {
+        "nodes": f"{request.node_counts[0]}-{request.nodes}",
+        "mincpus": request.tasks_per_node * request.cpus_per_task,
     }
 
 
@@ -57,8 +77,13 @@ def _gpus(request: JobRequest) -> str | int | None:
 
 
 def setup_lines(request: JobRequest) -> list[str]:
-    """Shell lines before srun: the site profile's own lines and its environment, values quoted."""
-    return [*request.setup, *(f"export {key}={shlex.quote(value)}" for key, value in request.env.items())]
+    """Shell lines before srun: the site profile's own lines and its environment, values quoted.
+
+    srun would hand on no more variables than sbatch did, if it were not told to take what the script has set up.
+    """
+    modules = [_MODULES] if any(line.startswith("module ") for line in request.setup) else []
+    first = ["umask 077", "export SLURM_EXPORT_ENV=ALL", *modules]
+    return [*first, *request.setup, *(f"export {key}={shlex.quote(value)}" for key, value in request.env.items())]
 
 
 def srun_arguments(request: JobRequest) -> list[str]:
@@ -92,12 +117,11 @@ def submitit_parameters(request: JobRequest) -> dict[str, Any]:
     return {
         "job_name": request.name,
         "nodes": request.nodes,
-        "ntasks_per_node": request.tasks_per_node,
         "time": request.time_min,
         "signal_delay_s": request.signal_lead_s,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": [*setup_lines(request), _own_pickle(request), *lines_before(request)],
+        "setup": [*setup_lines(request), *lines_before(request)],
         "teardown": lines_after(request),
         "srun_args": ["--output", request.log, *srun_arguments(request)],
         "additional_parameters": directives(request),
@@ -130,7 +154,7 @@ def _nodes_to_use(request: JobRequest) -> list[str]:
     return [
         f'for nodes in {counts}; do [ "$nodes" -le "$SLURM_JOB_NUM_NODES" ] && break; done',
         f"export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS=$((nodes * {request.tasks_per_node}))",
-        "export SLURM_NPROCS=$SLURM_NTASKS",
+        f"export SLURM_NPROCS=$SLURM_NTASKS SLURM_NTASKS_PER_NODE={request.tasks_per_node}",
     ]
 
 
@@ -145,17 +169,6 @@ def _aftermath(request: JobRequest) -> str:
     return shlex.join([python, "-u", "-m", "launcher.runs.aftermath", request.run_dir])
 
 
-def _own_pickle(request: JobRequest) -> str:
-    """A shell line by which a job has its pickle although its submitter died, or never learnt its number.
-
-    submitit gives the pickle its name, the job's number, only after sbatch has answered; the ranks would wait for it
-    for a minute and fail.
-    """
-    waiting = shlex.quote(f"{request.run_dir}/submission/{WAITING_PICKLE}")
-    named = f"{shlex.quote(f'{request.run_dir}/submission/')}${{SLURM_JOB_ID}}_submitted.pkl"
-    return f"[ -e {named} ] || cp {waiting} {named}"
-
-
 def submitit_script(request: JobRequest) -> str:
     """The script `submit` sends, rendered where there is no Slurm too.
 
@@ -164,14 +177,14 @@ def submitit_script(request: JobRequest) -> str:
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = f"{request.run_dir}/submission"
-    command = f"{shlex.join(python_words(request))} -u -m submitit.core._submit {shlex.quote(folder)}"
-    return str(_make_sbatch_string(command=command, folder=folder, **submitit_parameters(request)))
+    command = shlex.join(task_words(python_words(request), request.run_dir))
+    parameters = submitit_parameters(request)
+    return str(_make_sbatch_string(command=command, folder=f"{request.run_dir}/submission", **parameters))
 
 
 def plain_script(request: JobRequest) -> str:
     """A script that `sbatch` accepts by hand and that trains the same way, without submitit."""
-    task = [*python_words(request), "-u", "-m", "launcher.runs.supervisor", request.run_dir]
+    task = task_words(python_words(request), request.run_dir)
     srun = ["srun", "--unbuffered", f"--output={request.log}", *srun_arguments(request), *task]
     lines = ["#!/bin/bash", *(_directive(key, value) for key, value in sorted(directives(request).items()))]
     lines += ["", "# The site's set-up", *setup_lines(request)]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import secrets
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +19,8 @@ from launcher.facts.probe import associations, partitions
 from launcher.runs.adoption import ledger, lost_jobs
 from launcher.runs.folder import RunFolder
 from launcher.runs.request import JobRequest
-from launcher.runs.sbatch import WAITING_PICKLE, python_words, submitit_parameters
-from launcher.runs.train_job import TrainJob
+from launcher.runs.sbatch import python_words, submitit_parameters
+from launcher.runs.train_job import nothing, task_words, without_pickle
 
 PATIENCE_S = 60.0
 """How long an unreachable controller is tried again: a restart takes seconds, an upgrade is not waited for."""
@@ -60,7 +58,6 @@ def send_to_slurm(request: JobRequest, run: RunFolder, say: Say) -> str:
                 f"{command} is not on this machine's PATH, so nothing was submitted; go to a login node of the cluster "
                 "(or load its Slurm module) and try again, or run here with: launcher submit --local"
             )
-    _leave_pickle(run)
     give_up, pause_s, tries = time.monotonic() + patience_s(), _FIRST_PAUSE_S, 0
     while True:
         tries += 1
@@ -98,24 +95,16 @@ def _sbatch(request: JobRequest, run: RunFolder) -> JobId | str:
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(folder=run.submission, python=shlex.join(python_words(request)))
+    executor = without_pickle(submitit.SlurmExecutor, task_words(python_words(request), request.run_dir))(
+        run.submission
+    )
     executor.update_parameters(**submitit_parameters(request))
     try:
         # submitit prints sbatch's complaint as well as raising it; the error that is raised here quotes it once.
         with contextlib.redirect_stderr(io.StringIO()):
-            return JobId(executor.submit(TrainJob(request.run_dir)).job_id)
+            return JobId(executor.submit(nothing).job_id)
     except (FailedJobError, FailedSubmissionError) as error:
         return " / ".join(str(error).split("\n"))
-
-
-def _leave_pickle(run: RunFolder) -> None:
-    """What the job does, under a name that needs no job id (see sbatch.py)."""
-    from submitit.core.utils import DelayedSubmission
-
-    delayed = DelayedSubmission(TrainJob(str(run.path)))
-    temporary = run.submission / f".{WAITING_PICKLE}.{secrets.token_hex(4)}"
-    delayed.dump(temporary)
-    temporary.replace(run.submission / WAITING_PICKLE)
 
 
 def _look_for_lost(run: RunFolder, *, sure: bool) -> str | bool:

@@ -33,6 +33,7 @@ from launcher.runs.request import JobRequest, request_to_json
 from launcher.runs.sbatch import plain_script, submitit_script
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm, silent
 from launcher.runs.slurm import cancel_job
+from launcher.runs.variables import exported_names, leave_secrets, private_files
 
 __all__ = ["JobRequest", "create_run", "describe", "job_request", "print_sbatch", "submit", "submit_held"]
 
@@ -49,7 +50,8 @@ def create_run(
         ClusterError: the folder cannot be made or written.
     """
     try:
-        run = RunFolder.create(parent.resolve(), recipe.name)
+        with private_files():
+            run = RunFolder.create(parent.resolve(), recipe.name)
         write_atomic(run.recipe, recipe_text)
         write_atomic(run.resolved, recipe_to_yaml(recipe))
         write_json(run.plan, plan_to_json(plan))
@@ -106,6 +108,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         python=python_of(site),
         srun_args=site.srun_args,
         chdir=str(Path.cwd()),
+        export=() if local else exported_names(os.environ),
     )
     raise_all(RecipeError, request.problems())
     return request
@@ -192,7 +195,9 @@ def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
         before = _job_document(run)
         _remember(request, run, job_id=None)
         run.record("submitting", token=token, purpose=purpose, cluster=request.cluster, job_name=request.name)
-        with clean_environment():
+        if request.cluster == "slurm":
+            leave_secrets(run.path)
+        with clean_environment(), private_files():
             job_id = send_to_slurm(request, run, say) if request.cluster == "slurm" else _start_here(request)
     except MaybeSubmittedError:
         raise

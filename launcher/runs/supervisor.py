@@ -1,6 +1,6 @@
 """Supervisor: the parent of one rank. It watches the rank's pulse, ends what hangs and leaves no process behind.
 
-    srun -> python -m launcher.runs.supervisor RUN_DIR -> python -m launcher.worker.main RUN_DIR
+    srun -> python -m launcher.runs.train_job RUN_DIR -> python -m launcher.worker.main RUN_DIR
 
 A process of its own, because nothing inside a Python process can be relied on to notice that it is stopped, that its
 GIL is held or that its main thread sits in a collective. It opens no port, keeps no state and does not import the
@@ -28,7 +28,9 @@ from launcher.errors import ClusterError
 from launcher.runs import autopsy, orphans, process, shared_memory, stacks
 from launcher.runs.folder import RunFolder
 from launcher.runs.pulse import ORDERLY, Pulse, PulseReading
+from launcher.runs.redaction import redact_all, redact_output
 from launcher.runs.stacks import Stacks
+from launcher.runs.variables import read_secrets
 from launcher.runs.watch import Limits, Watch
 from launcher.worker.place import Place, place_from_environment
 
@@ -126,12 +128,23 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
         environment = {**self._pulse.environment, **self._stacks.environment, **self._family}
+        os.environ |= self._secrets()
+        redact_output()
         self._child = subprocess.Popen(
             self._command,
             env={**os.environ, **environment},
             pass_fds=[self._stacks.descriptor, *([self._pulse.descriptor] if self._pulse.descriptor else [])],
             preexec_fn=prepare,
         )
+
+    def _secrets(self) -> dict[str, str]:
+        """Keys of the hub and of W&B, left by the submission; what the environment says already stays."""
+        try:
+            found = read_secrets(self._run.path)
+        except (ClusterError, OSError) as error:
+            _say(f"warning: no key is used: {error}")
+            return {}
+        return {name: value for name, value in found.items() if name not in os.environ}
 
     def _signals(self) -> None:
         """Wait one tick, or until a signal comes; hand the rank what it may not have got itself.
@@ -300,7 +313,7 @@ class Supervisor:
             "max_rss_bytes": ending.max_rss_bytes,
             "stack": stack,
         }
-        if not self._run.path.is_dir() or not autopsy.write_death(self._run, self._attempt, facts):
+        if not self._run.path.is_dir() or not autopsy.write_death(self._run, self._attempt, redact_all(facts)):
             return
         how = {"signal": ending.signal} if ending.signal else {"exit_code": code}
         self._run.record("died", **{**self._names, "rank": self._rank, "host": self._host, **how})

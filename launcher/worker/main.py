@@ -27,6 +27,7 @@ from launcher.runs import stacks
 from launcher.runs.fence import claim, replaced
 from launcher.runs.folder import RunFolder, write_json
 from launcher.runs.pulse import Pulse
+from launcher.runs.redaction import redact, redact_all, redact_output
 from launcher.worker import faults, rendezvous
 from launcher.worker.place import Place, place_from_environment
 from launcher.worker.progress import Progress
@@ -51,6 +52,7 @@ def run(run_dir: Path) -> int:
     hang or crash, and the work is done by then.
     """
     stop = StopFlag.install()
+    redact_output()
     stacks.answer()
     pulse = Pulse.from_environment()
     pulse.beat("starting")
@@ -194,12 +196,14 @@ def _failed(folder: RunFolder, place: Place | None, error: Exception, pulse: Pul
         path = folder.error(place.attempt if place else "unknown", rank)
         folder.errors.mkdir(mode=0o700, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_json(path, facts | (place.names if place else {}))
+        write_json(path, redact_all(facts | (place.names if place else {})))
         if place is None or not replaced(folder, place.attempt):
             names = place.names if place else {}
-            folder.record("failed", **names, error=f"{type(error).__name__}: {error}", rank=rank, exit_code=code)
+            folder.record(
+                "failed", **names, error=redact(f"{type(error).__name__}: {error}"), rank=rank, exit_code=code
+            )
         elif rank == 0:  # the ledger is the newer attempt's now; this is the one line we may leave
-            folder.record("fenced", **place.names, error=str(error))
+            folder.record("fenced", **place.names, error=redact(str(error)))
     return code
 
 

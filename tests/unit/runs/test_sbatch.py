@@ -65,12 +65,16 @@ def test_a_range_of_nodes_is_asked_for_where_the_run_can_do_with_fewer() -> None
     """Slurm gives as many as are free; ranks start on the most that divide the global batch."""
     request = make_request(nodes=4, node_counts=(1, 2))
     for script in (submitit_script(request), plain_script(request)):
-        assert "#SBATCH --nodes=1-4" in sbatch_lines(script)
+        lines = sbatch_lines(script)
+        assert {"#SBATCH --nodes=1-4", "#SBATCH --mincpus=8", "#SBATCH --cpus-per-task=4"} <= set(lines)
+        assert not [line for line in lines if "ntasks" in line]
         choosing = [line for line in script.splitlines() if "nodes" in line and not line.startswith(("#", "srun"))]
         for free, used in ((4, 4), (3, 2), (2, 2), (1, 1)):
-            shell = "\n".join([f"SLURM_JOB_NUM_NODES={free}", *choosing, "echo $SLURM_NNODES $SLURM_NTASKS"])
+            shell = "\n".join(
+                [f"SLURM_JOB_NUM_NODES={free}", *choosing, "echo $SLURM_NNODES $SLURM_NTASKS $SLURM_NTASKS_PER_NODE"]
+            )
             said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-            assert said.split() == [str(used), str(2 * used)]
+            assert said.split() == [str(used), str(2 * used), "2"]
 
 
 def test_both_scripts_ask_for_the_same_job() -> None:
@@ -105,7 +109,7 @@ def test_a_signal_does_not_end_the_script_before_its_last_words(
         fake.chmod(0o755)
     script = tmp_path / "script.sh"
     lines = render(make_request(tmp_path, python=str(program), chdir="/")).splitlines()
-    script.write_text("\n".join(line for line in lines if "_submitted.pkl" not in line) + "\n")
+    script.write_text("\n".join(lines) + "\n")
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     process = subprocess.Popen(["bash", str(script)], env=environ, text=True, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 30
@@ -122,10 +126,11 @@ def test_a_signal_does_not_end_the_script_before_its_last_words(
     assert said == [f"-u -m launcher.runs.aftermath {tmp_path} {word}" for word in ("before", "17")]
 
 
-def test_the_plain_script_runs_the_supervisor() -> None:
-    """Without submitit the same ranks start with the run folder as their only argument."""
-    words = srun_words(plain_script(make_request()))
-    assert words[-5:] == ["/usr/bin/python3", "-u", "-m", "launcher.runs.supervisor", "/shared/runs/tiny-abcde"]
+@pytest.mark.parametrize("render", [plain_script, submitit_script])
+def test_ranks_start_with_the_run_folder_as_their_only_argument(render: Callable[[JobRequest], str]) -> None:
+    """submitit's own entry would unpickle a file of the submission folder."""
+    words = srun_words(render(make_request()))
+    assert words[-5:] == ["/usr/bin/python3", "-u", "-m", "launcher.runs.train_job", "/shared/runs/tiny-abcde"]
 
 
 def test_both_scripts_have_the_same_lines_around_srun() -> None:

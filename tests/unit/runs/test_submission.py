@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from launcher.errors import ClusterError, ConflictError, RecipeError, TemporaryE
 from launcher.planning.plan import plan_from_json
 from launcher.recipe.load import load_recipe
 from launcher.runs import lock, status
-from launcher.runs.environment import redact
 from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.redaction import redact
 from launcher.runs.request import JobRequest
 from launcher.runs.sbatch import submitit_script
 from launcher.runs.submission import create_run, describe, job_request, print_sbatch, submit
@@ -141,16 +138,13 @@ def test_a_request_is_described_where_there_is_no_slurm(run: RunFolder, no_slurm
 
 
 def test_submit_leaves_the_job_in_the_run_folder(run: RunFolder, fake_slurm: FakeSlurm) -> None:
-    """job.json holds the request and its id, the ledger its first event, the pickle a path and nothing else."""
+    """job.json holds the request and its id, the ledger its first event; nothing is pickled."""
     fake_slurm.say("sbatch", "Submitted batch job 42\n")
     assert submit(request_for(run)) == "42"
     job = json.loads(run.job.read_text())
     assert (job["job_id"], job["request"]["nodes"]) == ("42", 2)
     assert [event["event"] for event in read_json_lines(run.attempts)] == ["submitting", "submitted"]
-    with (run.submission / "42_submitted.pkl").open("rb") as file:
-        delayed = pickle.load(file)
-    assert vars(delayed.function) == {"run_dir": str(run.path)}
-    assert not hasattr(delayed.function, "checkpoint")
+    assert not list(run.path.rglob("*.pkl"))
 
 
 def test_variables_of_a_surrounding_job_are_hidden(
@@ -313,16 +307,6 @@ exit 1
     (fake_slurm.folder / "sbatch").write_text(script)
     assert submit(request_for(run)) == "42"
     assert (fake_slurm.folder / "sbatch.calls").read_text().count("call") == 2
-
-
-def test_every_job_finds_its_pickle(run: RunFolder, fake_slurm: FakeSlurm) -> None:
-    """submitit names the pickle after sbatch's answer; a job whose answer got lost copies the waiting one."""
-    loses_the_reply(fake_slurm)
-    submit(request_for(run))
-    line = next(line for line in submitit_script(request_for(run)).splitlines() if "_submitted.pkl" in line)
-    subprocess.run(["bash", "-c", line], check=True, env={**os.environ, "SLURM_JOB_ID": "42"})
-    with (run.submission / "42_submitted.pkl").open("rb") as file:
-        assert vars(pickle.load(file).function) == {"run_dir": str(run.path)}
 
 
 def test_a_run_that_somebody_submits_is_left_to_them(run: RunFolder, fake_slurm: FakeSlurm) -> None:

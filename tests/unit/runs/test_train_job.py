@@ -1,9 +1,8 @@
-"""The pickled object: what it does before and after the rank, with a fake supervisor in place of the rank's."""
+"""What every task starts: before and after the rank, with a fake supervisor in place of the rank's."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from launcher.runs import supervisor
-from launcher.runs.train_job import EARLY_SIGNAL, TrainJob
+from launcher.runs.train_job import EARLY_SIGNAL, main
 
 
 @pytest.fixture
 def fake_supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Path], int]], None]]:
-    """Puts a function in the supervisor's place; handlers and environment are as before afterwards."""
+    """Puts a function in the supervisor's place; handlers, mask and environment are as before afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    mask = os.umask(0o022)
     monkeypatch.delenv(EARLY_SIGNAL, raising=False)
 
     def use(supervise: Callable[[Path], int]) -> None:
         monkeypatch.setattr(supervisor, "supervise", supervise)
 
     yield use
+    os.umask(mask)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     os.environ.pop(EARLY_SIGNAL, None)
@@ -33,7 +34,7 @@ def fake_supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Calla
 def test_a_signal_during_the_imports_is_noted_not_obeyed(
     fake_supervisor: Callable[..., None], number: signal.Signals
 ) -> None:
-    """submitit's handler would requeue or end the job here; ours only leaves word for the rank, which inherits it."""
+    """By default it would end the task here; ours only leaves word for the rank, which inherits it."""
     seen: list[str | None] = []
 
     def run(_run_dir: Path) -> int:
@@ -42,20 +43,11 @@ def test_a_signal_during_the_imports_is_noted_not_obeyed(
         return 0
 
     fake_supervisor(run)
-    TrainJob("/runs/x")()
+    assert main(["train_job", "/runs/x"]) == 0
     assert seen == [number.name]
 
 
 def test_the_ranks_exit_code_is_the_tasks(fake_supervisor: Callable[..., None]) -> None:
     """srun must see a failing rank fail."""
     fake_supervisor(lambda run_dir: 3 if run_dir == Path("/runs/x") else 0)
-    with pytest.raises(SystemExit) as caught:
-        TrainJob("/runs/x")()
-    assert caught.value.code == 3
-
-
-def test_the_pickle_is_small_and_light() -> None:
-    """A path travels, by reference to a class; unpickling it imports no training stack."""
-    data = pickle.dumps(TrainJob("/runs/x"))
-    assert len(data) < 200
-    assert pickle.loads(data) == TrainJob("/runs/x")
+    assert main(["train_job", "/runs/x"]) == 3
