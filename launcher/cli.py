@@ -57,6 +57,7 @@ _LATER: dict[str, tuple[str, str]] = {
     "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
+    "rehearse": ("rehearse", "Run the whole job with a tiny random model on CPU ranks, before the queue."),
     "why": ("why", "Say why a run waits, failed, stopped or is slow, what shows it, and what helps."),
     "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
 }

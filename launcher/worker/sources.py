@@ -40,8 +40,11 @@ class Sources:
 
     def examples(self, source: DataSource) -> Iterator[tuple[str, Example]]:
         """(place, example) of every row."""
-        rows = self._rows(source) if is_dataset_id(source.path) else None
-        return ((located.where, example) for located, example in read_examples(source, rows))
+        return ((located.where, example) for located, example in self.located(source))
+
+    def located(self, source: DataSource) -> Iterator[tuple[Located, Example]]:
+        """Every row as it was read, with its example."""
+        return read_examples(source, self._rows(source) if is_dataset_id(source.path) else None)
 
     def _rows(self, source: DataSource) -> Iterator[Located]:
         for number, row in enumerate(self._load(source), start=1):

@@ -1,0 +1,410 @@
+"""rehearsal: the whole life of a run in minutes: the recipe's job with a tiny model on a few CPU ranks.
+
+    <runs>/.rehearsals/<name>-xxxxxx/      a folder of our own, marked; removed after success
+        REHEARSAL                           the mark
+        model/  data/                       what worker/shrink.py made
+        rehearsal-<name>-xxxxx/             the run, as any other
+
+One job is submitted; one of its ranks is killed before the last step and the job must come back by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ClusterError, LauncherError, RecipeError
+from launcher.facts.model import catalogue
+from launcher.facts.site import Site, site_facts
+from launcher.facts.train_environment import ask, train_python
+from launcher.planning.plan import Candidate
+from launcher.planning.prepare import Planned, plan_recipe
+from launcher.planning.resolve import resolve
+from launcher.planning.shrunk import KILL_STEP, MOST_RANKS, Shrunk, few_ranks, shrink, shrink_candidate
+from launcher.recipe.load import recipe_to_yaml
+from launcher.recipe.schema import Recipe, ValidationSpec
+from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.preview import refuse_untrained
+from launcher.runs.request import JobRequest
+from launcher.runs.status import cancel, run_status, runs_folder
+from launcher.runs.submission import create_run, describe, job_request, submit
+from launcher.runs.verdicts import Tale, Verdict, exit_code, fail, judge
+
+FOLDER, MARK = ".rehearsals", "REHEARSAL"
+ROWS = 300
+"""Rows of each source that are read."""
+_MATERIAL_S = 600.0
+_LONGEST_S = {"local": 1800.0, "slurm": 4 * 3600.0}
+"""A rehearsal that has not ended by then is cancelled; on Slurm this counts the wait in the queue."""
+_POLL_S = 1.0
+_HELD_OUT_ROWS = 8
+
+Report = Callable[[Verdict], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What was rehearsed, and how it went."""
+
+    recipe: str
+    verdicts: tuple[Verdict, ...]
+    not_exercised: tuple[str, ...]
+    capped: tuple[str, ...] = ()
+    exit_code: int = 0
+    kept: Path | None = None
+    """Its folder, where it is still there."""
+
+    @property
+    def failed(self) -> Verdict | None:
+        """The stage that failed."""
+        return next((verdict for verdict in self.verdicts if verdict.verdict == "failed"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Schema 1."""
+        return {
+            "schema": 1,
+            "recipe": self.recipe,
+            "verdicts": [verdict.to_json() for verdict in self.verdicts],
+            "not_exercised": list(self.not_exercised),
+            "smaller": list(self.capped),
+            "exit_code": self.exit_code,
+            "kept": None if self.kept is None else str(self.kept),
+        }
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    """Collects verdicts and tells each as it is known."""
+
+    report: Report
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def add(self, *verdicts: Verdict) -> None:
+        """Note new verdicts."""
+        for verdict in verdicts:
+            self.verdicts.append(verdict)
+            self.report(verdict)
+
+
+# ---------------------------------------------------------------- planning
+
+
+def preview(path: Path, overrides: list[str], *, slurm: bool, ranks: int | None) -> dict[str, Any]:
+    """The job a rehearsal would send, for folders that do not exist yet; nothing is made.
+
+    Raises:
+        LauncherError: the recipe cannot be planned.
+    """
+    planned = _planned(path, overrides)
+    candidate = _small(planned, ranks)
+    shrunk = shrink(planned.recipe, planned.plan, candidate, seq_len=candidate.seq_len)
+    site = _site(planned.site, shrunk, slurm=slurm)
+    run = RunFolder(
+        _parent(planned.recipe) / f"{planned.recipe.name}-xxxxxx" / f"rehearsal-{planned.recipe.name}-xxxxx"
+    )
+    request = _request(shrunk, resolve(shrunk.recipe, shrunk.plan), run, site)
+    return describe(request) | {"smaller": list(shrunk.capped), "not_exercised": list(shrunk.not_exercised)}
+
+
+def _planned(path: Path, overrides: list[str]) -> Planned:
+    return plan_recipe(path, overrides, ask_queue=False)
+
+
+def _small(planned: Planned, ranks: int | None) -> Candidate:
+    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+        raise RecipeError(f"--ranks: {ranks} asked; a rehearsal has 1 to {MOST_RANKS} ranks")
+    candidate = planned.plan.chosen.candidate
+    return shrink_candidate(candidate, ranks=few_ranks(candidate, ranks))
+
+
+def _parent(recipe: Recipe) -> Path:
+    runs = runs_folder(None) if recipe.output_dir == "auto" else Path(recipe.output_dir).expanduser()
+    return runs.resolve() / FOLDER
+
+
+def _site(site: Site, shrunk: Shrunk, *, slurm: bool) -> Site:
+    """Where the rehearsal runs: this machine with the site's environment, or the site without its GPUs.
+
+    Raises:
+        ClusterError: --slurm for a site that has none.
+    """
+    ranks = shrunk.plan.chosen.candidate.gpus_per_node
+    if slurm and site.executor != "slurm":
+        raise ClusterError(f"--slurm: site {site.name} runs jobs on this machine, without Slurm; leave --slurm out")
+    here = site if slurm or site.executor == "local" else site_facts("local")
+    there = site.venv is not None and os.access(Path(site.venv).expanduser() / "bin" / "python", os.X_OK)
+    venv = site.venv if slurm or there else here.venv
+    return replace(here, gpu="cpu", gpus_per_node=ranks, request_gpus=False, gpu_type=None, venv=venv)
+
+
+def _request(shrunk: Shrunk, resolved: Recipe, run: RunFolder, site: Site) -> JobRequest:
+    """The job, with the kill in its environment beside a fault that a test may have asked for."""
+    request = job_request(shrunk.plan, resolved, run, site)
+    last = shrunk.plan.chosen.candidate.world_size - 1
+    kill = f"at=step,rank={last},step={KILL_STEP},do=kill"
+    variables = {
+        "LAUNCHER_FAULT": ";".join(filter(None, [os.environ.get("LAUNCHER_FAULT"), kill])),
+        "LAUNCHER_CACHE": str(run.path.parent / ".cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    return replace(request, env=request.env | variables)
+
+
+# ---------------------------------------------------------------- the rehearsal
+
+
+def rehearse(
+    path: Path, overrides: list[str], *, slurm: bool, ranks: int | None, keep: bool, report: Report
+) -> Rehearsal:
+    """Rehearse a recipe; `report` hears each verdict as soon as it is known.
+
+    A stage that fails ends the rehearsal and is a verdict, not an error.
+
+    Raises:
+        RecipeError: a wrong number of ranks.
+        ClusterError: --slurm without Slurm, or no folder for the rehearsal.
+    """
+    stage, began_s = _Stage(report=report), time.time()
+    try:
+        planned = _planned(path, overrides)
+    except LauncherError as error:
+        stage.add(*fail("plan", _words(error)))
+        return _judged(path.stem, stage, (), code=error.exit_code)
+    candidate = _small(planned, ranks)
+    stage.add(_ok("plan", began_s, _plan_note(planned)))
+    with _workspace(_parent(planned.recipe), planned.recipe.name) as space:
+        try:
+            return _in(space, planned, candidate, stage, slurm=slurm, keep=keep)
+        except BaseException:
+            space.remove()
+            raise
+
+
+def _in(space: _Space, planned: Planned, candidate: Candidate, stage: _Stage, *, slurm: bool, keep: bool) -> Rehearsal:
+    """Everything after the plan."""
+    name, began_s = planned.recipe.name, time.time()
+    try:
+        made = _material(planned, space.path, candidate)
+        refuse_untrained(made)
+    except LauncherError as error:
+        stage.add(*fail("data", _words(error)))
+        space.remove()
+        return _judged(name, stage, (), code=error.exit_code)
+    stage.add(_data_verdict(made, began_s))
+    shrunk = shrink(planned.recipe, planned.plan, candidate, seq_len=made["seq_len"])
+    shrunk = replace(shrunk, recipe=_with_material(shrunk.recipe, made, space.path))
+    run = _submit(shrunk, _site(planned.site, shrunk, slurm=slurm), space)
+    _watch(run, stage, shrunk.recipe)
+    untold = (*shrunk.not_exercised, *_untold(planned, made, slurm=slurm))
+    code = 0 if stage.verdicts[-1].verdict == "ok" else exit_code(run)
+    kept = space.path if code or keep else None
+    if kept is None:
+        space.remove()
+    return _judged(name, stage, untold, code=code, capped=shrunk.capped, kept=kept)
+
+
+def _judged(
+    name: str,
+    stage: _Stage,
+    untold: tuple[str, ...],
+    *,
+    code: int,
+    capped: tuple[str, ...] = (),
+    kept: Path | None = None,
+) -> Rehearsal:
+    verdicts = tuple(stage.verdicts)
+    return Rehearsal(recipe=name, verdicts=verdicts, not_exercised=untold, capped=capped, exit_code=code, kept=kept)
+
+
+def _words(error: LauncherError) -> str:
+    return "; ".join(error.problems)
+
+
+def _ok(name: str, began_s: float, note: str) -> Verdict:
+    return Verdict(stage=name, verdict="ok", seconds=round(time.time() - began_s, 1), note=note)
+
+
+def _plan_note(planned: Planned) -> str:
+    chosen = planned.plan.chosen.candidate
+    sharding = f"ZeRO-{chosen.zero_stage}" if chosen.zero_stage else "no sharding"
+    return f"{chosen.method}, {sharding}, {chosen.nodes} x {chosen.gpus_per_node} {chosen.gpu}"
+
+
+# ---------------------------------------------------------------- its material
+
+
+def _material(planned: Planned, folder: Path, candidate: Candidate) -> dict[str, Any]:
+    """Have the small model and the head of the data made by the train environment.
+
+    Raises:
+        RecipeError, DataError, ModelError: what the run would be refused for.
+        ClusterError: there is no train environment.
+    """
+    request = {
+        "recipe": recipe_to_yaml(planned.recipe),
+        "config": catalogue().get(planned.recipe.model.name_or_path.lower()),
+        "folder": str(folder),
+        "rows": ROWS,
+        "micro_batch": candidate.micro_batch,
+    }
+    python = train_python(planned.site)
+    python = python if os.access(python, os.X_OK) else train_python()
+    return ask("launcher.worker.shrink", request, python=python, verb="rehearse", timeout_s=_MATERIAL_S)
+
+
+def _data_verdict(made: dict[str, Any], began_s: float) -> Verdict:
+    """What is known of the data; no blessing where the tokenizer or rows are not the user's."""
+    training = [one for one in made["sources"] if one["used_for"] == "train"]
+    rows, share = sum(one["rows"] for one in training), _share(training)
+    truncated = sum(one["truncated_rows"] for one in training)
+    note = f"{rows} rows read, {share:.0%} of their tokens trained" + (f", {truncated} truncated" if truncated else "")
+    missing = [*filter(None, (one["made_up"] for one in made["sources"])), *filter(None, [made["tokenizer_stand_in"]])]
+    seconds = round(time.time() - began_s, 1)
+    if missing:
+        why = f"{'; '.join(dict.fromkeys(missing))}: stand-ins were used"
+        return Verdict(stage="data", verdict="not exercised", seconds=seconds, note=why)
+    return Verdict(stage="data", verdict="ok", seconds=seconds, note=note)
+
+
+def _share(sources: list[dict[str, Any]]) -> float:
+    tokens = sum(one["tokens"] for one in sources)
+    return sum(one["trained_tokens"] for one in sources) / tokens if tokens else 0.0
+
+
+def _with_material(recipe: Recipe, made: dict[str, Any], folder: Path) -> Recipe:
+    """The recipe with the small model and the files that were made."""
+    paths = iter(made["paths"])
+    data = recipe.data
+    train = tuple(replace(source, path=next(paths), split="train") for source in data.train)
+    validation = data.validation
+    if validation.source is not None:
+        validation = ValidationSpec(source=replace(validation.source, path=next(paths), split="train"))
+    elif validation.share is not None or validation.count is not None:
+        validation = ValidationSpec(count=min(_HELD_OUT_ROWS, max(1, _lines(train[0].path) // 4)))
+    retention = None if data.retention is None else replace(data.retention, path=next(paths), split="train")
+    return replace(
+        recipe,
+        name=f"rehearsal-{recipe.name}",
+        model=replace(recipe.model, name_or_path=str(folder / "model"), revision=None),
+        data=replace(data, train=train, validation=validation, retention=retention),
+        output_dir=str(folder),
+    )
+
+
+def _lines(path: str) -> int:
+    with Path(path).open(encoding="utf-8") as file:
+        return sum(1 for _ in file)
+
+
+def _untold(planned: Planned, made: dict[str, Any], *, slurm: bool) -> Iterator[str]:
+    """What was not exercised because of this machine."""
+    recipe, site = planned.recipe, planned.site
+    if made["tokenizer_stand_in"]:
+        yield f"the tokenizer and its chat template: {made['tokenizer_stand_in']}"
+    yield from (f"data: {one['made_up']}; made-up rows stood in" for one in made["sources"] if one["made_up"])
+    if any(one["rows"] >= ROWS for one in made["sources"]):
+        yield f"rows after the first {ROWS} of each source"
+    if not Path(recipe.model.name_or_path).expanduser().is_dir():
+        yield "access to the hub: nothing was downloaded"
+    if site.executor == "slurm" and not slurm:
+        yield "the queue, its limits and the compute nodes: rehearse with --slurm, or see launcher submit --dry-run"
+        if site.modules or site.setup or site.container.runtime != "none":
+            yield "the site's modules, set-up lines and container"
+    if slurm and planned.plan.chosen.candidate.device == "cuda":
+        yield "the partition's GPUs: none were asked for"
+
+
+# ---------------------------------------------------------------- its job
+
+
+def _submit(shrunk: Shrunk, site: Site, space: _Space) -> RunFolder:
+    resolved = resolve(shrunk.recipe, shrunk.plan)
+    run = create_run(recipe_to_yaml(shrunk.recipe), resolved, shrunk.plan, site, space.path)
+    space.run = run
+    submit(_request(shrunk, resolved, run, site))
+    return run
+
+
+def _watch(run: RunFolder, stage: _Stage, recipe: Recipe) -> None:
+    """Judge the run while it goes on, until it has ended."""
+    began_s, before = time.time(), len(stage.verdicts)
+    while True:
+        state = run_status(run)
+        late = time.time() - began_s > _LONGEST_S[state.cluster]
+        if late:
+            cancel(run)
+        ended = (state.ended and (state.cluster == "local" or _settled(run))) or late
+        verdicts = judge(Tale.of(run, recipe), began_s=began_s, ended=ended)
+        stage.add(*verdicts[len(stage.verdicts) - before :])
+        if ended or (verdicts and verdicts[-1].stage == "export"):
+            break
+        time.sleep(_POLL_S)
+    _end(run)
+
+
+def _settled(run: RunFolder) -> bool:
+    """Whether the last words of the newest attempt are written: a shared file system may show them late."""
+    events = list(read_json_lines(run.attempts))
+    return run.result.exists() or (bool(events) and time.time() - events[-1]["time_s"] > 10.0)
+
+
+def _end(run: RunFolder) -> None:
+    """Leave no process: a job that is still there after its verdict is ended, the local controller waited for."""
+    until = time.monotonic() + 20.0
+    while time.monotonic() < until:
+        if run_status(run).ended and _controller_is_gone(run):
+            return
+        time.sleep(0.2)
+    with contextlib.suppress(LauncherError):
+        cancel(run)
+
+
+def _controller_is_gone(run: RunFolder) -> bool:
+    job = json.loads(run.job.read_text(encoding="utf-8"))
+    return job["request"]["cluster"] != "local" or not Path(f"/proc/{job['job_id']}/cmdline").exists()
+
+
+# ---------------------------------------------------------------- its folder
+
+
+@dataclass(kw_only=True)
+class _Space:
+    """The folder of one rehearsal."""
+
+    path: Path
+    run: RunFolder | None = None
+
+    def remove(self) -> None:
+        """End its job and remove it: only a folder that carries our mark, and never through a link."""
+        if self.run is not None and self.run.job.exists():
+            with contextlib.suppress(LauncherError):
+                cancel(self.run)
+        if (self.path / MARK).is_file() and not self.path.is_symlink():
+            shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _workspace(parent: Path, name: str) -> Iterator[_Space]:
+    """A new private folder below `.rehearsals`.
+
+    Raises:
+        ClusterError: it cannot be made.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+        (path / MARK).touch()
+    except OSError as error:
+        raise ClusterError(f"output_dir: cannot make a folder for the rehearsal in {parent}: {error}") from error
+    yield _Space(path=path)
