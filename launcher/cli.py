@@ -52,10 +52,12 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "merge": ("merge", "Merge a run's adapter into its base, shard by shard, proved."),
     "init": ("init", "Probe this site's Slurm and write its profile, every entry with its source."),
     "sync": ("sync", "Send a run's offline Weights & Biases records from a node that has network."),
     "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
+    "stage": ("stage", "Bring model and data into the shared cache, verified, so that jobs need no network."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
     "rehearse": ("rehearse", "Run the whole job with a tiny random model on CPU ranks, before the queue."),
     "why": ("why", "Say why a run waits, failed, stopped or is slow, what shows it, and what helps."),

@@ -7,6 +7,7 @@ from the live module, whose weights may be partitioned.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,13 +26,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from launcher.errors import JobFailedError, raise_all
+from launcher.facts.fingerprint import model_fingerprint
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import PROMPT_METHODS, Recipe
 from launcher.runs.folder import RunFolder
-from launcher.worker.base import DTYPES, base_bytes, load_base, shapes, weight_files, without_zero3
+from launcher.worker.base import DTYPES, base_bytes, load_base, local_folder, shapes, weight_files, without_zero3
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+LINEAGE = "launcher.lineage"
+"""Key of the adapter's lineage in the metadata of its safetensors file."""
 SHARD_SIZE = "5GB"
 RELOAD_MARGIN = 1.3
 """Memory a reloaded model needs, relative to its weights: activations and logits of a few validation rows."""
@@ -40,11 +44,18 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
 
 def write_artifact(
-    state: Mapping[str, Tensor], model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, run: RunFolder
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    data_key: str | None = None,
 ) -> Path:
     """Write the adapter or the model from the gathered `state` (names as in `named_parameters`); rank 0 only.
 
-    `recipe` is the resolved one. Returns `run.adapter` or `run.model`, which appears complete or not at all.
+    `recipe` is the resolved one, `data_key` the key of the token cache. Returns `run.adapter` or `run.model`, which
+    appears complete or not at all.
     """
     target = run.model if recipe.method == "full" else run.adapter
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -54,7 +65,7 @@ def write_artifact(
         if recipe.method == "full":
             _write_model(temporary, state, model, recipe)
         else:
-            _write_adapter(temporary, state, model, recipe)
+            _write_adapter(temporary, state, model, recipe, lineage(recipe, tokenizer, run, data_key))
         tokenizer.save_pretrained(temporary)
         _settle(temporary)
         _replace(temporary, target)
@@ -100,7 +111,33 @@ def _edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(document | values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_adapter(folder: Path, state: Mapping[str, Tensor], model: Any, recipe: Recipe) -> None:
+def lineage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: RunFolder, data_key: str | None) -> dict[str, Any]:
+    """Where an adapter comes from: base, quantization, template, data, recipe and run; no paths of this machine."""
+    folder = local_folder(recipe.model)
+    name = recipe.model.name_or_path
+    quantized = recipe.method == "qlora"
+    return {
+        "schema": 1,
+        "run_id": run.run_id,
+        "method": recipe.method,
+        "base": Path(name).name if Path(name).is_dir() else name,
+        "base_revision": recipe.model.revision,
+        "base_fingerprint": model_fingerprint(folder) if folder is not None else None,
+        "base_dtype": recipe.train.precision,
+        "quantization": dataclasses.asdict(recipe.quantization) if quantized else None,
+        "chat_template_sha256": _text_sha256(tokenizer.chat_template),
+        "data_key": data_key,
+        "recipe_sha256": _sha256(run.resolved) if run.resolved.is_file() else None,
+    }
+
+
+def _text_sha256(text: Any) -> str | None:
+    return hashlib.sha256(text.encode()).hexdigest() if isinstance(text, str) else None
+
+
+def _write_adapter(
+    folder: Path, state: Mapping[str, Tensor], model: Any, recipe: Recipe, origin: Mapping[str, Any]
+) -> None:
     config = model.peft_config["default"]
     if recipe.method in PROMPT_METHODS:
         # PEFT reads these from the live encoder, which ZeRO-3 partitions.
@@ -112,7 +149,8 @@ def _write_adapter(folder: Path, state: Mapping[str, Tensor], model: Any, recipe
     save_file(
         {name: _for_disk(tensor, None) for name, tensor in weights.items()},
         folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
+        # In the file's own header: nothing of ours lies in the folder, and it travels with the weights.
+        metadata={"format": "pt", LINEAGE: json.dumps(origin, sort_keys=True)},
     )
     training = config.inference_mode
     config.inference_mode = True

@@ -187,14 +187,14 @@ def check_architecture(model: ModelSection) -> None:
 
 def base_bytes(model: ModelSection, candidate: Candidate) -> int | None:
     """Bytes the base takes once loaded, from the safetensors headers; None where they are not on this machine."""
-    folder = _local_folder(model)
+    folder = local_folder(model)
     if folder is None or not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return None
     per_parameter = NF4_BYTES_PER_PARAMETER if candidate.quant is not None else weights_dtype(candidate).itemsize
     return int(sum(math.prod(shape) for shape in shapes(weight_files(folder)).values()) * per_parameter)
 
 
-def _local_folder(model: ModelSection) -> Path | None:
+def local_folder(model: ModelSection) -> Path | None:
     """The model's folder, or the hub cache's for an id that was fetched before; never asks the network."""
     folder = Path(model.name_or_path)
     if folder.is_dir():

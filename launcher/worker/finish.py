@@ -55,7 +55,9 @@ class Finish:
 
         def write() -> dict[str, Any]:
             self.folder.check()
-            path = write_artifact(state or {}, engine.module, self.tokenizer, self.recipe, self.folder)
+            path = write_artifact(
+                state or {}, engine.module, self.tokenizer, self.recipe, self.folder, data_key=self.tokens.key
+            )
             faults.at("export", rank=self.place.rank, step=loop.memory.step)
             return verify_artifact(
                 path,

@@ -1,0 +1,59 @@
+"""Model card: what is true of a merged model or an exported adapter, and nothing of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.adapters.lineage import Adapter
+
+
+def model_card(adapter: Adapter, facts: dict[str, Any], *, merged: bool) -> str:
+    """README.md with the front matter the hub reads; `facts` are measured ones, shown as they are."""
+    base = _public_base(adapter)
+    front = {
+        "base_model": base,
+        "base_model_relation": "finetune" if merged else "adapter",
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+    }
+    told = adapter.lineage
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        f"# {told.get('run_id') or adapter.folder.name}",
+        "",
+        f"{'Merged from' if merged else 'An adapter for'} `{base}`"
+        + (f" at revision `{told['base_revision']}`." if told.get("base_revision") else "."),
+        "",
+        "| fact | value |",
+        "|---|---|",
+    ]
+    rows = {
+        "method": told.get("method") or adapter.config.get("peft_type"),
+        "rank": adapter.config.get("r"),
+        "alpha": adapter.config.get("lora_alpha"),
+        "base weights (fingerprint)": told.get("base_fingerprint"),
+        "quantization of the base in training": _words(adapter.quantization),
+        "chat template (sha256)": told.get("chat_template_sha256"),
+        "training data (key of the token cache)": told.get("data_key"),
+        "recipe (sha256)": told.get("recipe_sha256"),
+        **facts,
+    }
+    lines += [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _public_base(adapter: Adapter) -> str:
+    """The base's id, or the last part of its folder's name."""
+    return str(adapter.lineage.get("base") or Path(adapter.base).name)
+
+
+def _words(quantization: dict[str, Any] | None) -> str | None:
+    if quantization is None:
+        return None
+    double = ", double" if quantization.get("bnb_4bit_use_double_quant") else ""
+    return f"{quantization.get('bnb_4bit_quant_type')}{double}"

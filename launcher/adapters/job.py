@@ -1,0 +1,34 @@
+"""job: one question about adapters, asked by a light process; one JSON answer as the last line of stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from launcher.errors import LauncherError
+
+
+def _merge(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.merging import merge
+
+    return merge(request)
+
+
+ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"merge": _merge}
+
+
+def main() -> int:
+    """Read the request, answer it; a user's error is an answer too."""
+    request = json.load(sys.stdin)
+    try:
+        told = ASKED[request["ask"]](request)
+    except LauncherError as error:
+        told = {"error": type(error).__name__, "problems": list(error.problems)}
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

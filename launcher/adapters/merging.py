@@ -1,0 +1,71 @@
+"""Merging: base and adapter -> one safetensors model folder, complete or not there, proved before it appears."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.adapters.card import model_card
+from launcher.adapters.lineage import read_adapter, refuse_other_base
+from launcher.adapters.proof import prove
+from launcher.adapters.shards import DTYPES, copy_settings, make_merging, write_merged
+from launcher.adapters.whole import merge_whole
+from launcher.errors import ConflictError
+
+
+def merge(request: dict[str, Any]) -> dict[str, Any]:
+    """Merge as asked: {"adapter", "base", "target", "dtype" | None, "trust_base", "proof_bytes" | None}.
+
+    Raises:
+        ConflictError: another base, or the target exists.
+        RecipeError, ModelError: what cannot be merged.
+        JobFailedError: the merged model is not base and adapter together.
+    """
+    adapter, base, target = (Path(request[key]) for key in ("adapter", "base", "target"))
+    if target.exists():
+        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    opened = read_adapter(adapter)
+    refuse_other_base(opened, base, trusted=bool(request.get("trust_base")))
+    dtype: torch.dtype | None = DTYPES[request["dtype"]] if request.get("dtype") else None
+    merging = None if request.get("whole") else make_merging(opened, base, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        if merging is None:
+            changed, proof = merge_whole(opened, base, temporary, dtype)
+            copy_settings(base, adapter, temporary, dtype)
+        else:
+            changed = write_merged(merging, base, temporary, _say)
+            copy_settings(base, adapter, temporary, dtype)
+            proof = prove(merging, base, temporary, memory_bytes=request.get("proof_bytes"))
+        facts = {"merged matrices": changed, f"largest difference of {proof['compared']}": f"{proof['difference']:.1e}"}
+        (temporary / "README.md").write_text(model_card(opened, facts, merged=True), encoding="utf-8")
+        _open_up(temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {"path": str(target), "matrices": changed, "proof": proof, "bytes": _bytes(target)}
+
+
+def _open_up(folder: Path) -> None:
+    """Modes by the user's umask: temporary folders and safetensors files are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

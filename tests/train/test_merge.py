@@ -1,0 +1,153 @@
+"""`launcher merge`: the merged model is base and adapter together, in bounded memory, and of no other base."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from launcher.adapters.lineage import read_adapter
+from launcher.adapters.merging import merge
+from launcher.errors import ConflictError, JobFailedError, RecipeError
+from tests.train.adapters import logits, train_adapter
+
+MIB = 2**20
+
+
+def ask(adapted, target, **changes):
+    """A request for `merge`."""
+    return {"adapter": str(adapted.adapter), "base": str(adapted.base), "target": str(target)} | changes
+
+
+def share(found, expected):
+    """Largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module", params=["lora", "dora", "qlora"])
+def adapted(request, tmp_path_factory):
+    """A trained adapter of each kind that is merged matrix by matrix."""
+    targets = {"lora.target_modules": ("q_proj", "v_proj", "down_proj")} if request.param == "qlora" else {}
+    return train_adapter(tmp_path_factory.mktemp(request.param), request.param, **targets)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_the_merged_model_answers_as_the_trained_one(adapted, dtype, limit, tmp_path):
+    """Against the model still in memory: for QLoRA that is bitsandbytes' own 4-bit base, not our rounding of it."""
+    made = merge(ask(adapted, tmp_path / "merged", dtype=dtype))
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert share(logits(alone), logits(adapted.model)) <= limit
+    assert made["proof"]["difference"] <= made["proof"]["limit"] == limit
+
+
+def test_a_merge_into_the_original_weights_would_not_be_qlora(tmp_path):
+    """The sceptic's check of the test above: without rounding the base first the difference is far larger."""
+    adapted = train_adapter(tmp_path, "qlora")
+    path = adapted.adapter / "adapter_model.safetensors"
+    told = read_adapter(adapted.adapter).lineage | {"quantization": None}
+    save_file(load_file(path), path, metadata={"format": "pt", "launcher.lineage": json.dumps(told)})
+    merge(ask(adapted, tmp_path / "merged", dtype="fp32"))
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert share(logits(alone), logits(adapted.model)) > 1e-2
+
+
+def test_another_base_is_refused(adapted, tmp_path):
+    """One changed matrix is another base; nothing is written."""
+    other = tmp_path / "other"
+    base = AutoModelForCausalLM.from_pretrained(adapted.base)
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight += 1e-3
+    base.save_pretrained(other)
+    with pytest.raises(ConflictError, match="not those that"):
+        merge(ask(adapted, tmp_path / "merged", base=str(other)))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_differs_is_not_kept(adapted, tmp_path, monkeypatch):
+    """A matrix merged wrongly is found by the proof, by whole logits and by single matrices alike."""
+    from launcher.adapters.shards import Merging
+
+    right = Merging.merged
+    monkeypatch.setattr(Merging, "merged", lambda self, module, weight: right(self, module, weight) * 1.5)
+    for number, proof_bytes in enumerate((None, 0)):
+        with pytest.raises(JobFailedError, match="not kept"):
+            merge(ask(adapted, tmp_path / str(number), proof_bytes=proof_bytes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kinds_that_need_the_whole_model_say_so_and_work_with_it(tmp_path):
+    """AdaLoRA: refused matrix by matrix with the way out, merged in memory by PEFT; prompts cannot be merged at all."""
+    adapted = train_adapter(tmp_path / "adalora", "adalora")
+    with pytest.raises(RecipeError, match="--whole"):
+        merge(ask(adapted, tmp_path / "merged"))
+    merge(ask(adapted, tmp_path / "merged", whole=True, dtype="fp32"))
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert share(logits(alone), logits(adapted.model)) <= 1e-4
+    prompt = train_adapter(tmp_path / "prompt", "prompt", **{"data.packing": False})
+    with pytest.raises(RecipeError, match="virtual tokens"):
+        merge(ask(prompt, tmp_path / "prompts", whole=True))
+
+
+def test_the_folder_says_what_is_true_and_no_path(adapted, tmp_path):
+    """Card with base, rank and hashes; tokenizer and template as trained; nothing of this machine."""
+    merge(ask(adapted, tmp_path / "merged"))
+    folder = tmp_path / "merged"
+    card = (folder / "README.md").read_text()
+    assert "| rank | 8 |" in card
+    assert read_adapter(adapted.adapter).lineage["base_fingerprint"] in card
+    for path in folder.iterdir():
+        assert path.suffix == ".safetensors" or str(tmp_path.parent) not in path.read_text(), path
+    assert (folder / "chat_template.jinja").read_text() == (adapted.adapter / "chat_template.jinja").read_text()
+
+
+def make_wide_base(folder: Path, shard: str) -> Path:
+    """A Llama of 150 MiB in fp32 whose files hold 10 MiB each."""
+    config = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=11,
+                         num_attention_heads=8, num_key_value_heads=4)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+MEASURE = """
+import json, resource, sys
+from launcher.adapters.merging import merge
+import peft, transformers.models.llama.modeling_llama
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+made = merge(json.load(sys.stdin))
+print(json.dumps({"grown_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, **made}))
+"""
+
+
+def test_memory_is_bounded_by_a_shard_and_not_by_the_model(tmp_path):
+    """A sharded model is merged with less than half of it in memory: one output shard and copies of one matrix."""
+    import peft
+
+    base = make_wide_base(tmp_path / "base", "10MB")
+    total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    model = LlamaForCausalLM.from_pretrained(base)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.02)
+    tuned.save_pretrained(tmp_path / "adapter")
+    request = {"adapter": str(tmp_path / "adapter"), "base": str(base), "target": str(tmp_path / "merged"),
+               "trust_base": True, "proof_bytes": 0}  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(MEASURE)], input=json.dumps(request), text=True,
+                         capture_output=True, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert len(list(base.glob("*.safetensors"))) >= 12
+    assert told["grown_kib"] * 1024 < min(total / 2, 3 * largest + 30 * MIB), (told["grown_kib"], largest, total)
+    assert told["proof"]["compared"] == "matrices"
+    assert told["matrices"] == 7 * 11
+    weights = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weights == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    alone = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert share(logits(alone), logits(tuned.eval())) <= 1e-4
