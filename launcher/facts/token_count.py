@@ -75,15 +75,25 @@ class TokenCounter:
         tokens = self._tokens(rendered)
         plain = [example for _, example in examples]
         trained = self._tokens([self._trained_text(example) for example in plain])
+        before = self._before(plain, tokens)
         return [
-            self._length(example, total + self._around(example), part)
-            for example, total, part in zip(plain, tokens, trained, strict=True)
+            self._length(example, total + self._around(example), part, ahead)
+            for example, total, part, ahead in zip(plain, tokens, trained, before, strict=True)
         ]
 
-    def _length(self, example: Example, tokens: int, trained: int) -> Length:
+    def _before(self, examples: Sequence[Example], tokens: Sequence[int]) -> list[int]:
+        """At least so many tokens stand before the first trained one, looked at in rows that are cut; else 0."""
+        cut = [index for index, total in enumerate(tokens) if total > self._limit and self._loss_on != "all"]
+        counted = self._tokens([self._untrained_start(examples[index]) for index in cut])
+        found = dict(zip(cut, counted, strict=True))
+        return [found.get(index, 0) for index in range(len(examples))]
+
+    def _length(self, example: Example, tokens: int, trained: int, before: int) -> Length:
         if example.text is not None:
             return Length(tokens=tokens, kept=tokens, pieces=math.ceil(tokens / self._limit), trained=tokens)
         kept = min(tokens, self._limit)
+        if before >= self._limit:
+            return Length(tokens=tokens, kept=kept, pieces=1, trained=0)
         share = 1.0 if self._loss_on == "all" else min(1.0, (trained + 1) / tokens)  # + 1: the end of the turn
         return Length(tokens=tokens, kept=kept, pieces=1, trained=round(share * kept))
 
@@ -111,6 +121,18 @@ class TokenCounter:
         if example.messages and self._folder is None:
             return TOKENS_PER_TURN * len(example.messages)
         return 1 + (int(self._tokenizer.num_special_tokens_to_add(False)) if self._folder else 0)
+
+    def _untrained_start(self, example: Example) -> str:
+        """What is surely before the first trained token: the prompt, or the messages up to the trained answer."""
+        if not example.messages:
+            return example.prompt or ""
+        answers = [
+            index
+            for index, message in enumerate(example.messages)
+            if index >= example.first_trained and message["role"] == "assistant"
+        ]
+        end = (answers[0] if self._loss_on == "assistant" else answers[-1]) if answers else 0
+        return "\n".join(str(message["content"]) for message in example.messages[:end])
 
     def _trained_text(self, example: Example) -> str:
         if example.text is not None or self._loss_on == "all":

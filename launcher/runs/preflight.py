@@ -1,29 +1,31 @@
 """Preflight: everything that can be refused before the queue, all of it at once.
 
-Plain sbatch accepts jobs that can never start (a limit over the partition's, more nodes than there are); they would
-wait for ever. So the limits are compared here with what Slurm says about its partitions.
+Each subject has a file of its own: preflight_data, preflight_files, preflight_tracking, preflight_cluster (and
+preflight_partition); models are judged in facts/weights.py and facts/model_kind.py.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import ClusterError, DataError, LauncherError, ModelError, RecipeError
 from launcher.facts.files import is_dataset_id
-from launcher.facts.formats import read_examples
-from launcher.facts.probe import associations, partitions
-from launcher.facts.profile import parse_bytes
-from launcher.facts.site import Partition, Site
+from launcher.facts.model_kind import model_kind_problems
+from launcher.facts.site import Site
 from launcher.facts.weights import model_folder_problems
 from launcher.planning.plan import Plan
-from launcher.recipe.problems import nearest
-from launcher.recipe.scalars import format_minutes
 from launcher.recipe.schema import DataSource, Recipe
+from launcher.runs.asked import asked
 from launcher.runs.folder import RunFolder
+from launcher.runs.preflight_cluster import check_cluster
+from launcher.runs.preflight_data import overlaps, read_source, sources, too_little
+from launcher.runs.preflight_files import check_folder, check_working_folder, no_room, unshared
+from launcher.runs.preflight_tracking import tracking_problems
+from launcher.runs.request import JobRequest
 from launcher.runs.submission import job_request
 
 _ORDER: tuple[type[LauncherError], ...] = (RecipeError, DataError, ModelError, ClusterError)
@@ -54,77 +56,67 @@ class _Found:
                 raise error(*dict.fromkeys(everything))
 
 
-def check(recipe: Recipe, plan: Plan, site: Site, parent: Path) -> list[str]:
-    """Check data, model, output folder and cluster; returns notices worth showing.
+def check(recipe: Recipe, plan: Plan, site: Site, parent: Path, *, kept: int = 0) -> list[str]:
+    """Check data, model, files, tracking and cluster; returns notices worth showing.
 
-    `recipe` is the resolved one, `parent` the folder that will receive the run folder. Nothing is left behind.
+    `recipe` is the resolved one, `parent` the folder that will receive the run folder, `kept` how many checkpoints the
+    run has there already. Nothing is left behind.
 
     Raises:
         RecipeError, DataError, ModelError, ClusterError: the first class in this order that found something; its
             problems are those of every class.
     """
-    found = _Found()
-    for source in _sources(recipe):
-        found.run(lambda source=source: _check_source(source, found))  # type: ignore[misc]
-    found.run(lambda: _check_model(recipe, found))
-    found.run(lambda: _check_folder(parent))
+    found, marks = _Found(), dict[DataSource, frozenset[int]]()
+    for source in sources(recipe):
+        found.run(lambda source=source: _check_source(source, site, found, marks))  # type: ignore[misc]
+    found.add(DataError, *too_little(recipe, plan, found.notices))
+    found.notices += overlaps(recipe, marks)
+    found.run(lambda: _check_model(recipe, site, found))
+    found.run(lambda: _check_files(recipe, plan, site, parent, kept, found))
     found.run(lambda: _check_python(site))
-    found.run(lambda: _check_request(recipe, plan, site, parent))
+    found.add(ClusterError, *tracking_problems(recipe, site))
+    request: list[JobRequest] = []
+    found.run(lambda: request.append(_request(recipe, plan, site, parent)))
     if site.executor == "slurm":
-        found.run(lambda: _check_cluster(recipe, plan, site, found))
+        job = asked(recipe, plan, site, request[0] if request else None)
+        found.run(lambda: found.add(ClusterError, *check_cluster(job, found.notices)))
     found.settle()
     return found.notices
 
 
-def _sources(recipe: Recipe) -> Iterator[DataSource]:
-    yield from recipe.data.train
-    if recipe.data.validation.source is not None:
-        yield recipe.data.validation.source
-    if recipe.data.retention is not None:
-        yield recipe.data.retention
-
-
-def _check_source(source: DataSource, found: _Found) -> None:
+def _check_source(source: DataSource, site: Site, found: _Found, marks: dict[DataSource, frozenset[int]]) -> None:
     """Every row of a local source must parse and have the format; an id is left to the job."""
     if is_dataset_id(source.path):
-        found.notices.append(
-            f"data: {source.path} is a data-set id; the job needs network or a filled cache to read it"
-        )
+        _not_staged(f"data: {source.path} is a data-set id that is not staged", DataError, site, found)
         return
-    rows = sum(1 for _ in read_examples(source))
-    if rows == 0:
-        raise DataError(f"{source.path}: no rows")
+    marks[source] = read_source(source)
 
 
-def _check_model(recipe: Recipe, found: _Found) -> None:
+def _check_model(recipe: Recipe, site: Site, found: _Found) -> None:
     name = recipe.model.name_or_path
     folder = Path(name).expanduser()
     if not folder.exists():
-        found.notices.append(
-            f"model: {name} is not on this machine; the job needs network or a filled cache to load it"
-        )
+        _not_staged(f"model.name_or_path: {name} is not on this machine", ModelError, site, found)
         return
-    problems = model_folder_problems(folder)
+    problems = [*model_folder_problems(folder), *model_kind_problems(folder)]
     if recipe.model.trust_remote_code:
         problems = [problem for problem in problems if "its own code" not in problem]
     if problems:
         raise ModelError(*(f"model.name_or_path: {problem}" for problem in problems))
 
 
-def _check_folder(parent: Path) -> None:
-    """A file can be made where the run folder will be; sbatch would accept the job and lose its log."""
-    try:
-        folder = parent.resolve()
-        while not folder.exists():
-            folder = folder.parent
-        probe = folder / f".launcher-probe-{secrets.token_hex(6)}"
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        probe.unlink()
-    except OSError as error:
-        raise ClusterError(
-            f"output_dir: {parent} cannot be written ({error.strerror}); set output_dir=... or LAUNCHER_RUNS to a "
-            "folder that you own and that the compute nodes share"
-        ) from error
+def _not_staged(what: str, error: type[LauncherError], site: Site, found: _Found) -> None:
+    """An id that only the job could fetch: refused where its nodes are known to have no network.
+
+    Raises:
+        DataError, ModelError: the site's nodes have no network; says what helps.
+    """
+    if site.internet_on_nodes is False:
+        raise error(
+            f"{what}, and compute nodes of {site.name} have no network; bring it to the shared cache first, from here: "
+            "launcher stage RECIPE"
+        )
+    found.notices.append(f"{what}; the job will need network to fetch it, or stage it first: launcher stage RECIPE")
 
 
 def _check_python(site: Site) -> None:
@@ -137,98 +129,25 @@ def _check_python(site: Site) -> None:
         )
 
 
-def _check_request(recipe: Recipe, plan: Plan, site: Site, parent: Path) -> None:
-    """The request can be made: no value in it that must not reach sbatch, whatever name the run will get."""
-    job_request(plan, recipe, RunFolder(parent.absolute() / f"{recipe.name}-xxxxx"), site)
+def _check_files(recipe: Recipe, plan: Plan, site: Site, parent: Path, kept: int, found: _Found) -> None:
+    """Folders that exist, that the nodes see, and that have room.
+
+    Raises:
+        ClusterError: one that cannot be written, or that jobs could not start in.
+    """
+    check_working_folder()
+    check_folder(parent)
+    if site.executor == "slurm":
+        if shutil.which("sbatch") is None:  # a dry run on a laptop: other disks than the job's
+            return
+        found.add(ClusterError, *unshared(recipe, site, parent, found.notices))
+    found.add(ClusterError, *no_room(recipe, plan, parent, kept=kept))
 
 
-def _check_cluster(recipe: Recipe, plan: Plan, site: Site, found: _Found) -> None:
-    """Partition, limits, account and QOS against what Slurm says; unchecked where it does not answer."""
-    try:
-        known = partitions()
-    except LauncherError as error:
-        found.notices.append(f"cluster: not checked, because {error.problems[0]}")
-        return
-    found.add(ClusterError, *_partition_problems(recipe, plan, site, known))
-    allowed = associations()
-    if allowed is not None:
-        accounts, qos = allowed
-        found.add(ClusterError, *_unknown("account", recipe.slurm.account or site.account, accounts))
-        found.add(ClusterError, *_unknown("qos", recipe.slurm.qos or site.qos, qos))
+def _request(recipe: Recipe, plan: Plan, site: Site, parent: Path) -> JobRequest:
+    """The request, with no value in it that must not reach sbatch, whatever name the run will get.
 
-
-def _unknown(what: str, name: str | None, known: tuple[str, ...]) -> list[str]:
-    if name is None or name in known or not known:
-        return []
-    close = nearest(name, known)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return [f"slurm.{what}: {name!r} is not yours to use; {hint}yours: {', '.join(known)}"]
-
-
-def _partition_problems(recipe: Recipe, plan: Plan, site: Site, known: tuple[Partition, ...]) -> list[str]:
-    """Problems of each partition asked for; none when at least one of several can take the job."""
-    default = next((partition.name for partition in known if partition.default), None)
-    asked = recipe.slurm.partition or os.environ.get("SBATCH_PARTITION") or site.default_partition or default
-    if asked is None:
-        return ["slurm.partition: this cluster has no default; choose one of " + ", ".join(one.name for one in known)]
-    by_name = {partition.name: partition for partition in known}
-    found: list[list[str]] = []
-    for name in asked.split(","):
-        if name not in by_name:
-            close = nearest(name, by_name)
-            hint = f"did you mean {close[0]}? " if close else ""
-            return [f"slurm.partition: {name!r} does not exist; {hint}there are: {', '.join(by_name)}"]
-        found.append(list(_limits(by_name[name], recipe, plan, site)))
-    return [] if not all(found) else found[0]
-
-
-def _limits(partition: Partition, recipe: Recipe, plan: Plan, site: Site) -> Iterator[str]:
-    """What this partition can never give to the job."""
-    candidate, name = plan.chosen.candidate, partition.name
-    if not partition.up:
-        yield f"slurm.partition: {name} does not start jobs now (it is not UP)"
-    most = min(partition.nodes, partition.max_nodes or partition.nodes)
-    if candidate.nodes > most:
-        yield f"slurm.nodes: {candidate.nodes} nodes asked of partition {name}, which gives at most {most}"
-    limit = partition.max_time_min
-    if limit is not None and plan.job.time_limit_min > limit:
-        asked = format_minutes(plan.job.time_limit_min)
-        yield f"slurm.time: {asked} asked of partition {name}, which allows {format_minutes(limit)}; set slurm.time"
-    account = recipe.slurm.account or site.account
-    if account and partition.allow_accounts and account not in partition.allow_accounts:
-        yield f"slurm.account: partition {name} is for {', '.join(partition.allow_accounts)}, not {account}"
-    qos = recipe.slurm.qos or site.qos
-    if qos and partition.allow_qos and qos not in partition.allow_qos:
-        yield f"slurm.qos: partition {name} takes {', '.join(partition.allow_qos)}, not {qos}"
-    yield from _node_limits(partition, plan, site, recipe.slurm.mem or plan.job.mem)
-
-
-def _node_limits(partition: Partition, plan: Plan, site: Site, mem: str | None) -> Iterator[str]:
-    candidate, name = plan.chosen.candidate, partition.name
-    if site.request_gpus and partition.gpus_per_node is not None:
-        if candidate.gpus_per_node > partition.gpus_per_node:
-            yield (
-                f"slurm.gpus_per_node: {candidate.gpus_per_node} asked, but a node of partition {name} has "
-                f"{partition.gpus_per_node}"
-            )
-        elif site.gpu_type and partition.gpu_types and site.gpu_type not in partition.gpu_types:
-            has = ", ".join(partition.gpu_types)
-            yield f"gpu_type: the site profile says {site.gpu_type!r}; partition {name} has {has}"
-    cpus, most = candidate.gpus_per_node * plan.job.cpus_per_task, partition.cpus_per_node
-    if most and cpus > most:
-        fits = max(1, most // candidate.gpus_per_node)
-        yield (
-            f"slurm.cpus_per_task: {candidate.gpus_per_node} tasks x {plan.job.cpus_per_task} CPUs asked, but a node "
-            f"of partition {name} has {most}; set slurm.cpus_per_task={fits}"
-        )
-    mem_bytes = _mem_bytes(mem)
-    if mem_bytes and partition.mem_bytes_per_node and mem_bytes > partition.mem_bytes_per_node:
-        has = f"{partition.mem_bytes_per_node // 2**30}G"
-        yield f"slurm.mem: {mem} asked, but a node of partition {name} has {has}"
-
-
-def _mem_bytes(mem: str | None) -> int | None:
-    """Slurm's --mem in bytes; a bare number is MiB, 0 means all of the node."""
-    if mem is None:
-        return None
-    return int(mem) * 2**20 if mem.isdecimal() else parse_bytes(mem)
+    Raises:
+        RecipeError, ClusterError: there is one.
+    """
+    return job_request(plan, recipe, RunFolder(parent.absolute() / f"{recipe.name}-xxxxx"), site)

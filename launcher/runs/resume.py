@@ -143,7 +143,7 @@ def _prepare(run: RunFolder, overrides: Sequence[str]) -> _Prepared:
         recipe, plan = _plan(recipe, before, changed, site)
         step, notices = _start(run)
         notices += drift(run, python_of(site))
-        notices += check(recipe, plan, site, run.path.parent)
+        notices += check(recipe, plan, site, run.path.parent, kept=len(kept_checkpoints(run)))
         request = job_request(plan, recipe, run, site)
     worlds = before.chosen.candidate.world_size, plan.chosen.candidate.world_size
     if plan != before:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launcher.facts.offer import FileSystem
 from launcher.facts.site import Partition, Site
 from launcher.planning.plan import Cost, DataNumbers, Estimate, Interval, JobShape, MemoryEstimate, Plan, plan_to_json
 from launcher.runs.folder import RunFolder, write_json
@@ -26,7 +27,7 @@ PARTITION = Partition(
 
 
 def make_site(**overrides: Any) -> Site:
-    """Four CPU nodes with eight GPUs to ask for."""
+    """Four CPU nodes with eight GPUs to ask for, which see all files of this machine."""
     values: dict[str, Any] = {
         "name": "test",
         "executor": "slurm",
@@ -37,6 +38,7 @@ def make_site(**overrides: Any) -> Site:
         "cpus_per_node": 16,
         "mem_bytes_per_node": 64 * 2**30,
         "default_partition": "main",
+        "file_systems": (FileSystem(name="all", path="/", shared=True),),
     }
     return Site(**(values | overrides))
 
@@ -70,7 +72,7 @@ def make_plan(*, time_limit_min: int = 60, cpus_per_task: int = 1, mem: str | No
         alternatives=(),
         advice=(),
         warnings=(),
-        data=DataNumbers(rows=64, tokens=1000, basis="counted"),
+        data=DataNumbers(rows=20_000, tokens=1_000_000, basis="counted"),
         job=JobShape(time_limit_min=time_limit_min, cpus_per_task=cpus_per_task, mem=mem),
         site="test",
     )
@@ -126,14 +128,23 @@ class FakeSlurm:
         self._calls = folder / "calls.jsonl"
         folder.mkdir(exist_ok=True)
 
+    def say_when(self, program: str, word: str, stdout: str) -> None:
+        """What `program` answers from now on when `word` is among its arguments."""
+        answers = self.folder / f"{program}.when"
+        answers.mkdir(exist_ok=True)
+        (answers / word).write_text(stdout)
+
     def say(self, program: str, stdout: str = "", *, stderr: str = "", status: int = 0) -> None:
-        """What `program` answers from now on."""
+        """What `program` answers from now on, unless one of its arguments has an answer of its own."""
         for kind, text in (("out", stdout), ("err", stderr)):
             (self.folder / f"{program}.{kind}").write_text(text)
         script = f"""#!/bin/bash
 note() {{ local IFS=$'\\x1f'; printf '%s\\x1f%s\\n' {program} "$*" >> '{self._calls}'; }}
 note "$@"
 [ {program} = sbatch ] && cp "${{@: -1}}" '{self.folder}/submitted.sh' && env > '{self.folder}/submitted.env'
+for answer in '{self.folder}/{program}.when/'*; do
+  [[ -e $answer && " $* " == *" ${{answer##*/}} "* ]] && cat "$answer" && exit 0
+done
 cat '{self.folder}/{program}.out'
 cat '{self.folder}/{program}.err' >&2
 exit {status}

@@ -17,6 +17,8 @@ from tests.unit.runs.material import FakeSlurm, make_plan, make_site
 
 MAIN = "PartitionName=main AllowAccounts=ALL Default=YES MaxTime=1-00:00:00 MaxNodes=UNLIMITED State=UP TotalNodes=4\n"
 LOW = "PartitionName=low AllowAccounts=dev AllowQos=normal MaxTime=02:00:00 State=DOWN TotalNodes=2\n"
+ACCOUNTS = "||||||||normal|||normal,urgent|dev\n||||||||normal|||normal|proj1\n"
+QOS = "".join(f"||||||||cluster||||{name}\n" for name in ("normal", "urgent", "gold"))
 NODES = "main|16|65536|gpu:a100:8\nlow|16|65536|(null)\n"
 
 
@@ -75,7 +77,8 @@ def test_one_of_several_partitions_is_enough(tmp_path: Path, cluster: FakeSlurm)
 
 def test_accounts_and_qos_are_compared_where_accounting_answers(tmp_path: Path, cluster: FakeSlurm) -> None:
     """Without enforcement sbatch would accept an unknown account and the hours would go nowhere."""
-    cluster.say("sacctmgr", "dev|normal,urgent\nproj1|normal\n")
+    cluster.say_when("sacctmgr", "associations", ACCOUNTS)
+    cluster.say_when("sacctmgr", "qos", QOS)
     error = refuse(tmp_path, slurm={"account": "prj1", "qos": "gold"})
     assert "slurm.account: 'prj1' is not yours to use; did you mean proj1? yours: dev, proj1" in error.problems
     assert "slurm.qos: 'gold' is not yours to use; yours: normal, urgent" in error.problems
@@ -110,7 +113,7 @@ def test_data_and_models_on_the_hub_are_left_to_the_job_with_a_notice(tmp_path: 
         **{"data.train": (DataSource(path="org/rows"),)},
     )
     notices = check(recipe, make_plan(), make_site(), tmp_path)
-    assert [notice.split(":")[0] for notice in notices] == ["data", "model"]
+    assert [notice.split(":")[0] for notice in notices] == ["data", "model.name_or_path"]
 
 
 def test_every_stage_is_told_and_the_first_gives_the_exit_code(tmp_path: Path, cluster: FakeSlurm) -> None:
