@@ -93,7 +93,8 @@ _WORDS: tuple[tuple[Cause, str], ...] = (
     (Cause.DAMAGED_CHECKPOINTS, r"holds \d+ checkpoints? and none (is whole|verifies)"),
     (
         Cause.BAD_NODE,
-        r"uncorrectable ECC|ECC error|CUDA-capable device\(s\) is/are busy or unavailable|no CUDA-capable device"
+        r"is not fit to train: (?!No space left)"
+        r"|uncorrectable ECC|ECC error|CUDA-capable device\(s\) is/are busy or unavailable|no CUDA-capable device"
         r"|all CUDA-capable devices are busy|CUDA driver initialization failed|CUDA error: hardware stack error"
         r"|CUDA error: unspecified launch failure|CUDA error: an illegal instruction|fallen off the bus|\bNVRM: Xid\b"
         r"|system not yet initialized|sees \d+ GPUs? \(CUDA_VISIBLE_DEVICES|no network interface '"
@@ -106,7 +107,8 @@ _WORDS: tuple[tuple[Cause, str], ...] = (
     ),
     (
         Cause.PEER_LOST,
-        r"Connection reset by peer|Connection closed by peer|Connection refused|Broken pipe|Socket closed|socket.*EOF"
+        r"leaves because others cannot start"
+        r"|Connection reset by peer|Connection closed by peer|Connection refused|Broken pipe|Socket closed|socket.*EOF"
         r"|unexpected EOF|Timed out waiting|Timed out after \d+ ?m?s|[Cc]ollective operation timeout|wait timeout"
         r"|ncclRemoteError|ncclSystemError|ncclInternalError|NCCL.*(timeout|timed out|unhandled system error)"
         r"|remote process (has )?(exited|terminated)|recvValue failed|Application timeout caused pair closure"

@@ -20,6 +20,7 @@ from launcher.runs.fence import Fence
 from launcher.runs.folder import RunFolder
 from launcher.worker import model as models
 from launcher.worker.checkpoint import Checkpoints, Identity
+from launcher.worker.checks import check_ranks
 from launcher.worker.data import Order, collate, needs_flat
 from launcher.worker.engine import Engine, Hooks, make_engine
 from launcher.worker.finish import Finish
@@ -60,6 +61,7 @@ class Rank:
         self._note_hosts()
         self.progress.phase("building")
         device = torch.device(device_name(self.place, self.candidate.device))
+        self._check(device)
         order, steps = self._order()
         engine = self._engine(device, steps)
         checkpoints = self._checkpoints()
@@ -206,6 +208,15 @@ class Rank:
         dist.all_gather_object(hosts, self.place.host)
         if self.place.rank == 0:
             self.folder.record("joined", **self.place.names, hosts=list(dict.fromkeys(hosts)))
+
+    def _check(self, device: torch.device) -> None:
+        """Nothing is loaded on a host that could not train it."""
+        facts = check_ranks(self.folder, self.place, device, say=self.progress.say)
+        if self.place.rank == 0:
+            bandwidth = facts["all_reduce_bytes_per_s"]
+            speed = "" if bandwidth is None else f", all-reduce {bandwidth / 1e9:.2f} GB/s"
+            self.progress.line(f"checked {self.place.world_size} ranks in {facts['seconds']:.1f} s{speed}")
+            self.folder.record("checked", **self.place.names, **facts)
 
     def _stopped(self, reason: str, step: int) -> None:
         """The ranks agreed to stop and the checkpoint is written; whether the job comes back is not decided here."""
