@@ -93,6 +93,8 @@ def train(
     folder = replace(folder, guard=fence)
     progress = Progress(folder, rank=place.rank, job_id=place.job_id, attempt=place.attempt, pulse=pulse)
     if place.rank == 0:
+        for left in folder.path.glob(f".{folder.heartbeat.name}.*.tmp"):  # rank 0 was killed while it wrote
+            left.unlink(missing_ok=True)
         folder.record("started", **place.names, world_size=place.world_size, hosts=[place.host])
     faults.arm(folder, rank=place.rank, attempt=place.attempt)
     faults.at("start", rank=place.rank)
