@@ -79,16 +79,26 @@ def follow(bed: LocalBed, run: RunFolder, count: int, limit_s: float) -> bool:
     return False
 
 
+def trouble(run: RunFolder) -> str:
+    """What is wrong with how the run ended, on one line; nothing when it ended well."""
+    if not run.result.exists():
+        return "not finished"
+    try:
+        assert_one_artifact(run)
+        assert_no_orphans(run)
+    except AssertionError as error:
+        return " ".join(str(error).split())[:200] or "a check of the artifact failed"
+    return ""
+
+
 def page(run: RunFolder, reference: RunFolder, count: int, seed: int, command: str, seconds: float) -> tuple[str, bool]:
     """The page, and whether nothing differed."""
     found, expected = sequence(run), sequence(reference)
     different = [step for step in expected if found.get(step) != expected[step]]
     happened, lost, resumed = marks(run), lost_steps(run), seconds_to_resume(run)
     kinds = Counter(f"{mark['do']} at {mark['at']}" for mark in happened)
-    whole = run.result.exists() and not different and found.keys() == expected.keys()
-    if whole:
-        assert_one_artifact(run)
-        assert_no_orphans(run)
+    broken = trouble(run)
+    whole = not broken and not different and found.keys() == expected.keys()
     lines = [
         f"# Soak on {machine()}, {datetime.date.today().isoformat()}",
         "",
@@ -100,7 +110,7 @@ def page(run: RunFolder, reference: RunFolder, count: int, seed: int, command: s
         f"| faults asked for | {count} |",
         f"| faults that happened | {len(happened)} |",
         f"| attempts | {len(story(run))} |",
-        f"| finished | {'yes' if run.result.exists() else 'no'} |",
+        f"| one artifact, its bytes as recorded, no process and no temporary file left | {broken or 'yes'} |",
         f"| steps of the run | {len(expected)} |",
         f"| steps whose loss, learning rate or rows differ from the uninterrupted run's | {len(different)} |",
         f"| steps trained twice, in all | {sum(lost)} |",
