@@ -26,7 +26,10 @@ SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
-_SIDE_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"}
+SIDE_FILES = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "manifest.json"}
+)
+"""JSON that lies beside data and holds no rows."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -66,10 +69,12 @@ def _folder_files(folder: Path, source: DataSource) -> list[Path]:
         folder = _split_folder(folder, source)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_files(folder)
+    if (named := _named_files(folder, source)) is not None:
+        return named
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and kind(path) in SUFFIXES and path.name not in _SIDE_FILES and not _hidden(path, folder)
+        if path.is_file() and kind(path) in SUFFIXES and path.name not in SIDE_FILES and not _hidden(path, folder)
     )
     if not found:
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
@@ -92,6 +97,22 @@ def _saved_files(folder: Path) -> list[Path]:
     if missing or not files:
         raise DataError(f"{folder}: state.json names files that are not there: {', '.join(missing) or 'none at all'}")
     return files
+
+
+def _named_files(folder: Path, source: DataSource) -> list[Path] | None:
+    """Files of the split, where a staged folder's manifest names them; None where it leaves that to their names."""
+    try:
+        splits = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        named = (
+            None
+            if splits is None
+            else {str(split): [folder / path for path in paths] for split, paths in splits.items()}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if named is not None and source.split not in named:
+        raise DataError(f"{source.path}: no split {source.split!r}; it has {', '.join(named)}")
+    return None if named is None else named[source.split]
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.errors import ModelError
 from launcher.facts.architecture import shape_from_config
 from launcher.facts.shape import Linear, ModelShape
+from launcher.facts.staged import hub_name
 from launcher.recipe.schema import ModelSection
 
 __all__ = ["Linear", "ModelShape", "catalogue", "model_shape"]
@@ -27,7 +28,8 @@ def model_shape(model: ModelSection) -> ModelShape:
     """
     folder = Path(model.name_or_path).expanduser()
     if folder.exists():
-        return _from_folder(model.name_or_path, folder)
+        staged = hub_name(folder)
+        return _from_folder(staged[0] if staged else model.name_or_path, folder)
     return _from_catalogue(model.name_or_path)
 
 
@@ -66,7 +68,8 @@ def _unknown(name: str) -> str:
     what = "a folder that exists" if name.startswith((".", "/", "~")) else "a folder"
     return (
         f"{name!r} is neither {what} nor one of the {len(known)} models of the shipped catalogue.{hint}"
-        " Any other model can be planned from its folder: download it and give the path (it must hold config.json)."
+        " Any other model can be planned from its folder: bring it here with launcher stage, or give the path of a"
+        " folder that holds config.json."
     )
 
 

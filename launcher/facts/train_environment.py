@@ -24,6 +24,12 @@ def train_python(site: Site | None = None) -> str:
     return str(Path(folder).expanduser() / "bin" / "python") if folder else sys.executable
 
 
+def environment() -> dict[str, str]:
+    """Variables of a process there: ours, and the place of this very package."""
+    package = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+
+
 def ask(module: str, request: Mapping[str, Any], *, python: str, verb: str, timeout_s: float) -> dict[str, Any]:
     """Run `python -m module` with `request` and return its answer; `verb` names the asker in messages.
 
@@ -31,8 +37,6 @@ def ask(module: str, request: Mapping[str, Any], *, python: str, verb: str, time
         ClusterError: there is no such environment, it lacks packages, or it broke.
         LauncherError: what the other side found, in its class and words.
     """
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             [python, "-m", module],
@@ -41,7 +45,7 @@ def ask(module: str, request: Mapping[str, Any], *, python: str, verb: str, time
             text=True,
             timeout=timeout_s,
             check=False,
-            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"},
+            env=environment() | {"TOKENIZERS_PARALLELISM": "true"},
         )
     except OSError as error:
         raise ClusterError(f"{verb}: cannot run {python}: {error}") from error

@@ -60,7 +60,7 @@ def _weight_problems(folder: Path) -> list[str]:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         return [_no_weights(folder)]
-    return [problem for shard in shards if (problem := _shard_problem(shard)) is not None]
+    return [problem for shard in shards if (problem := shard_problem(shard)) is not None]
 
 
 def _no_weights(folder: Path) -> str:
@@ -87,11 +87,34 @@ def _shard_problems(folder: Path) -> list[str]:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         problems.append(f"{folder}: {len(missing)} of {len(names)} weight files of the index are missing: {shown}")
     present = [folder / name for name in names if name not in missing]
-    return problems + [problem for shard in present if (problem := _shard_problem(shard)) is not None]
+    torn = [problem for shard in present if (problem := shard_problem(shard)) is not None]
+    if problems or torn:
+        return problems + torn
+    return _unlisted(folder, weight_map)
 
 
-def _shard_problem(path: Path) -> str | None:
-    """Why a safetensors file cannot be whole: its header tells how long it must be."""
+def _unlisted(folder: Path, weight_map: Mapping[str, Any]) -> list[str]:
+    """Tensors that the index puts into a file which does not hold them: a shard of another revision."""
+    holds = {name: tensor_names(folder / name) for name in set(map(str, weight_map.values()))}
+    lost = sorted(tensor for tensor, name in weight_map.items() if tensor not in holds[str(name)])
+    if not lost:
+        return []
+    shown = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+    return [
+        f"{folder}: the index promises {len(lost)} tensors that its files do not hold: {shown}; the files are of "
+        "different revisions, so bring all of them again"
+    ]
+
+
+def tensor_names(path: Path) -> frozenset[str]:
+    """Tensors of a whole safetensors file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return frozenset(header) - {"__metadata__"}
+
+
+def shard_problem(path: Path) -> str | None:
+    """Why a file cannot be whole safetensors: its header tells how long it must be; None where nothing is wrong."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -99,13 +122,15 @@ def _shard_problem(path: Path) -> str | None:
             if start == _LFS_POINTER[:8]:
                 return f"{path}: a git-lfs pointer, not the weights; run git lfs pull"
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > size:
+            if len(start) < 8 or length > size - 8:
                 return f"{path}: not a whole safetensors file ({size} bytes)"
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        return f"{path}: not readable as safetensors: {error}"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        return f"{path}: not readable as safetensors: {type(error).__name__}: {error}"
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         return f"{path}: truncated: {size} of {expected} bytes; copy it again"
+    if size > expected:
+        return f"{path}: {size - expected} bytes more than its header tells ({expected}); copy it again"
     return None

@@ -22,10 +22,10 @@ from launcher.planning.estimate import Task, memory_sentence
 from launcher.planning.explore import tuning_of
 from launcher.planning.memory import TERMS, Moment, estimate_memory, fits, moments
 from launcher.planning.plan import Candidate, Interval, MemoryEstimate
+from launcher.planning.prepare import load_located
 from launcher.planning.stack import OUR_STACK
 from launcher.planning.trace import Trace, model_config, python_of, trace_step
 from launcher.planning.trainable import trainable_params
-from launcher.recipe.load import load_recipe_with_notices
 from launcher.recipe.schema import AUTO, LORA_METHODS, Recipe
 
 _MEASURED_IN = {
@@ -108,7 +108,7 @@ def trace_recipe_file(path: Path, overrides: Sequence[str] = ()) -> tuple[Traced
     Raises:
         RecipeError, DataError, ModelError, ClusterError: what the stage that failed found.
     """
-    loaded = load_recipe_with_notices(path, overrides)
+    loaded = load_located(path, overrides)
     recipe, folder = loaded.recipe, Path(loaded.recipe.model.name_or_path)
     data = dataset_facts(recipe.data, folder if folder.is_dir() else None)
     return plan_by_trace(recipe, site_facts(recipe.slurm.site), data), tuple(loaded.notices)

@@ -10,8 +10,8 @@ from launcher.errors import RecipeError
 from launcher.facts.model import ModelShape, model_shape
 from launcher.facts.site import Site, site_facts
 from launcher.planning.plan import Plan
+from launcher.planning.prepare import load_located
 from launcher.planning.trace import Compared, Trace, compare, compare_weights, trace_recipe
-from launcher.recipe.load import load_recipe
 from launcher.recipe.schema import ModelSection
 from launcher.report.explain import Line, explain
 from launcher.report.html import write_plan
@@ -29,7 +29,7 @@ class Inspection:
     @classmethod
     def of(cls, plan: Plan, recipe: Path, overrides: Sequence[str]) -> Inspection:
         """The facts of the recipe the plan was made from."""
-        loaded = load_recipe(recipe, overrides)
+        loaded = load_located(recipe, overrides).recipe
         site = site_facts(loaded.slurm.site)
         return cls(plan=plan, model=loaded.model, shape=model_shape(loaded.model), site=site)
 

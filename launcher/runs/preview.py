@@ -9,9 +9,9 @@ from typing import Any
 from launcher.errors import DataError, DoesNotFitError
 from launcher.facts.train_environment import ask, train_python
 from launcher.planning.plan import plan_to_json
-from launcher.planning.prepare import plan_recipe
+from launcher.planning.prepare import load_located, plan_recipe
 from launcher.planning.resolve import resolve
-from launcher.recipe.load import load_recipe_with_notices, recipe_to_yaml
+from launcher.recipe.load import recipe_to_yaml
 from launcher.recipe.schema import Recipe
 from launcher.runs.status import runs_folder
 
@@ -26,7 +26,7 @@ def show_rows(path: Path, overrides: list[str], *, rows: int, skip: int) -> list
     Raises:
         RecipeError, DataError, ModelError, ClusterError: what the stage that failed found.
     """
-    loaded = load_recipe_with_notices(path, overrides)
+    loaded = load_located(path, overrides)
     request = {"ask": "show", "recipe": recipe_to_yaml(loaded.recipe), "rows": rows, "skip": skip}
     found: list[dict[str, Any]] = ask(_MODULE, request, python=train_python(), verb="data show", timeout_s=_LOOK_S)[
         "rows"
@@ -40,7 +40,7 @@ def count_rows(path: Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         DataError: nothing of a training source is trained; the counts are in its `.stats`.
     """
-    recipe = load_recipe_with_notices(path, overrides).recipe
+    recipe = load_located(path, overrides).recipe
     request = {"ask": "stats", "recipe": recipe_to_yaml(recipe)}
     return {"schema": 1} | ask(_MODULE, request, python=train_python(), verb="data stats", timeout_s=_LOOK_S)
 
@@ -73,7 +73,7 @@ def prepare_cache(path: Path, overrides: list[str], *, dry_run: bool = False) ->
     except DoesNotFitError as error:  # a small machine prepares data for a large one
         from launcher.facts.site import site_facts
 
-        plan, recipe = error.plan, load_recipe_with_notices(path, overrides).recipe
+        plan, recipe = error.plan, load_located(path, overrides).recipe
         site = site_facts(recipe.slurm.site)
     cache = token_cache_folder(recipe, site.cache_dir)
     if dry_run:

@@ -17,6 +17,7 @@ from typing import Any
 import launcher
 from launcher.errors import ClusterError, LauncherError, RecipeError, raise_all
 from launcher.facts.site import Site
+from launcher.facts.staged import needs_no_hub
 from launcher.planning.deepspeed_config import deepspeed_config
 from launcher.planning.job import signal_lead_s
 from launcher.planning.plan import Plan, plan_to_json
@@ -34,6 +35,9 @@ from launcher.runs.sbatch import plain_script, submitit_script
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm, silent
 from launcher.runs.slurm import cancel_job
 from launcher.runs.variables import exported_names, leave_secrets, private_files
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""What keeps the libraries of a job from the hub."""
 
 __all__ = ["JobRequest", "create_run", "describe", "job_request", "print_sbatch", "submit", "submit_held"]
 
@@ -102,7 +106,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         requeue=slurm.requeue,
         signal_lead_s=signal_lead_s(plan.chosen, time_min),
         extra={"comment": f"launcher:{run.run_id}"} | slurm.extra,
-        env=_environment(plan, site),
+        env=_environment(plan, recipe, site),
         setup=(*(f"module load {module} || exit 1" for module in site.modules), *site.setup),
         container=site.container,
         python=python_of(site),
@@ -121,7 +125,7 @@ def _threads(plan: Plan, site: Site) -> int:
     return max(1, min(plan.job.cpus_per_task, site.cpus_per_node // plan.chosen.candidate.gpus_per_node))
 
 
-def _environment(plan: Plan, site: Site) -> dict[str, str]:
+def _environment(plan: Plan, recipe: Recipe, site: Site) -> dict[str, str]:
     """Variables of the job: one thread per CPU of a task, where this package lies, and the site's own."""
     env = {
         "OMP_NUM_THREADS": str(_threads(plan, site)),
@@ -132,6 +136,8 @@ def _environment(plan: Plan, site: Site) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         **({"LAUNCHER_CACHE": site.cache_dir} if site.cache_dir else {}),
         **({"LAUNCHER_INTERFACE": site.network_interface} if site.network_interface else {}),
+        # With everything on disk nothing may ask the hub: where there is no route a job would wait for time-outs.
+        **(dict.fromkeys(OFFLINE, "1") if needs_no_hub(recipe) else {}),
     } | site.env
     package = Path(launcher.__file__).resolve().parents[1]
     if package != Path(sysconfig.get_paths()["purelib"]).resolve():
