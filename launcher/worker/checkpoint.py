@@ -10,17 +10,16 @@
         share-00000.json ...            what each rank has written, while rank 0 waits for all of them
       .step-000100.<attempt>.old.tmp/   a checkpoint on its way out
 
-A save in the background goes: copy (every rank, at once) - write (a thread of every rank) - complete (a thread of
-rank 0). Threads never talk to other ranks; how far they are travels with the votes that the loop sums in every step,
-so all ranks learn of it at the same step.
+A save in the background goes: copy (every rank, at once) - write (a thread of every rank) - complete (rank 0's thread,
+as soon as it sees the shares of all ranks in the folder: a kill after that loses nothing of the save). Threads never
+talk to other ranks; how a save ended travels with the votes that the loop sums in every step, so all ranks learn of it
+at the same step.
 
 Failures are agreed: where one rank cannot write, every rank raises the same error and the older checkpoints stay.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from launcher.runs.folder import write_json
 from launcher.worker import faults
 from launcher.worker.generators import load_random_state, random_state
 from launcher.worker.manifest import MANIFEST, compare, read_manifest, step_of, strangers
-from launcher.worker.shelf import SHARE, VISIBLE_S, WAIT_S, Identity, Shelf
+from launcher.worker.shelf import SHARE, SHARES_POLL_S, VISIBLE_S, WAIT_S, Identity, Shelf
 from launcher.worker.snapshot import FolderWriter, HostMemory, NoRoomError, SnapshotWriter, Writer
 
 __all__ = ["Checkpoints", "Identity", "Outcome", "Saves"]
@@ -78,11 +77,13 @@ class _Flight:
     started_s: float
     stall_s: float = 0.0
     thread: threading.Thread | None = None
-    files: dict[str, Any] | None = None
-    """This rank's share, when written."""
     failure: Exception | None = None
-    asked: bool = False
-    """All ranks have written; rank 0 completes."""
+    written: threading.Event = field(default_factory=threading.Event)
+    """This rank's share is there, or failed."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """A rank failed: rank 0's thread waits for no share any more."""
+    all_written_s: float | None = None
+    """When rank 0 heard that every share is written; each must be visible VISIBLE_S later."""
     bytes: int = 0
     """Of the complete checkpoint; rank 0, when it is there."""
     moved_bytes: int = 0
@@ -200,27 +201,25 @@ class Checkpoints:
         return None
 
     def votes(self) -> tuple[int, int, int]:
-        """How far this rank's save is, to be summed over ranks: (at rest, failed, completed)."""
+        """How far this rank's save is, to be summed over ranks: (share written or failed, failed, completed)."""
         flight = self._flight
         if flight is None:
             return 0, 0, 0
         resting = not flight.busy
-        return int(resting), int(resting and flight.failure is not None), int(resting and flight.bytes > 0)
+        failed, completed = flight.failure is not None, flight.bytes > 0
+        return int(flight.written.is_set()), int(resting and failed), int(resting and completed)
 
     def heard(self, votes: Sequence[int]) -> Outcome | None:
         """Act on the summed votes of a step; how the save ended, once it has. Collective only where one failed."""
-        flight, (resting, failed, completed) = self._flight, votes
-        if flight is None or resting < self._world:
+        flight, (written, failed, completed) = self._flight, votes
+        if flight is None or written < self._world:
             return None
         if failed:
             return self._land(flight, None)
         if completed:
             flight.ended_s = time.monotonic()
             return self._land(flight, flight.bytes)
-        if not flight.asked:
-            flight.asked = True
-            if self._rank == 0:
-                self._start(flight, lambda: self._complete(flight, self._read_shares(flight.step)))
+        flight.all_written_s = flight.all_written_s or time.monotonic()
         return None
 
     def join(self) -> Outcome | None:
@@ -231,14 +230,13 @@ class Checkpoints:
         began_s = time.monotonic()
         try:
             self._wait(flight)
-            parts = self._together(f"write {self._shelf.unfinished(flight.step)}", lambda: _told(flight))
-            if not flight.asked:
-                completing = partial(self._complete, flight, parts)
-                self._together(f"complete {self._shelf.final(flight.step)}", lambda: self._on_rank_zero(completing))
+            self._together(f"write {self._shelf.unfinished(flight.step)}", lambda: _told(flight))
+            flight.all_written_s = flight.all_written_s or time.monotonic()
+            self._together(f"complete {self._shelf.final(flight.step)}", lambda: _ended(flight))
         except JobFailedError as error:
             flight.stall_s += time.monotonic() - began_s
             self._flight = None
-            self._sweep_up(flight.step)
+            self._abandon(flight)
             return self._outcome(flight, str(error))
         flight.ended_s = time.monotonic()
         flight.stall_s += flight.ended_s - began_s
@@ -252,7 +250,7 @@ class Checkpoints:
         try:
             self._together(f"write {self._shelf.final(flight.step)}", lambda: _told(flight))
         except JobFailedError as error:
-            self._sweep_up(flight.step)
+            self._abandon(flight)
             return self._outcome(flight, str(error))
         raise RuntimeError(f"the save of step {flight.step} failed and no rank says why")
 
@@ -280,6 +278,13 @@ class Checkpoints:
         """After a failure that all ranks know of."""
         self._on_rank_zero(lambda: self._shelf.give_up(step))
 
+    def _abandon(self, flight: _Flight) -> None:
+        """All ranks know that it failed: rank 0's thread ends before what it may be looking at goes."""
+        flight.cancelled.set()
+        if flight.thread is not None:
+            flight.thread.join()
+        self._sweep_up(flight.step)
+
     def _hand_over(self, engine: Saves, state: dict[str, Any], writer: Writer) -> None:
         """Everything that is this rank's, in the same order every time."""
         engine.save(writer)
@@ -295,37 +300,45 @@ class Checkpoints:
                 work()
             except Exception as error:
                 flight.failure = error
+            finally:
+                flight.written.set()
 
         flight.thread = threading.Thread(target=run, name=f"save-{flight.step}", daemon=True)
         flight.thread.start()
 
     def _write_share(self, flight: _Flight, writer: SnapshotWriter) -> None:
-        """In a thread: this rank's files, then the word that they are there."""
+        """In a thread: this rank's files, then the word that they are there; rank 0 goes on to complete."""
         files = writer.into(moved=partial(self._moved, flight))
-        write_json(self._shelf.unfinished(flight.step) / SHARE.format(self._rank), files)
-        flight.files = files
         faults.at("after_share", rank=self._rank, step=flight.step)
+        write_json(self._shelf.unfinished(flight.step) / SHARE.format(self._rank), files)
+        flight.written.set()
+        if self._rank == 0 and (parts := self._await_shares(flight)) is not None:
+            self._complete(flight, parts)
 
-    def _read_shares(self, step: int) -> list[dict[str, Any]]:
-        """In rank 0's thread: what the others wrote; a shared file system shows it late at times."""
-        folder = self._shelf.unfinished(step)
-        deadline = time.monotonic() + VISIBLE_S
-        while True:
-            self._shelf.check_fence()
+    def _await_shares(self, flight: _Flight) -> list[dict[str, Any]] | None:
+        """In rank 0's thread: what all ranks wrote, once they have; None where one has failed.
+
+        A rank takes as long as its disk does. Once all have voted that they are done, their shares must show: a shared
+        file system may be late with them, but not for ever.
+
+        Raises:
+            OSError: a share that was written does not show.
+            FencedError: a newer attempt has begun.
+        """
+        while not flight.cancelled.is_set():
+            late = flight.all_written_s is not None and time.monotonic() > flight.all_written_s + VISIBLE_S
             try:
-                os.listdir(folder)  # noqa: PTH208 (refreshes NFS's view)
-                paths = [folder / SHARE.format(rank) for rank in range(self._world)]
-                return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+                return self._shelf.shares(flight.step, self._world)
             except (OSError, ValueError):
-                if time.monotonic() > deadline:
+                if late:
                     raise
-                time.sleep(WAIT_S)
+            flight.cancelled.wait(SHARES_POLL_S)
+        return None
 
     def _wait(self, flight: _Flight) -> None:
-        """Until this rank's thread is done; as long as bytes move, whoever watches is told."""
+        """Until this rank's share is written; as long as bytes move, whoever watches is told."""
         moved = -1
-        while flight.thread is not None and flight.thread.is_alive():
-            flight.thread.join(WAIT_S)
+        while not flight.written.wait(WAIT_S):
             if flight.moved_bytes != moved:
                 moved = flight.moved_bytes
                 self._waiting()
@@ -451,11 +464,17 @@ class Checkpoints:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _told(flight: _Flight) -> dict[str, Any] | None:
-    """A rank's share, or its error."""
+def _told(flight: _Flight) -> None:
+    """A rank's error, where it has one."""
     if flight.failure is not None:
         raise flight.failure
-    return flight.files
+
+
+def _ended(flight: _Flight) -> None:
+    """The end of a rank's thread, and its error."""
+    if flight.thread is not None:
+        flight.thread.join()
+    _told(flight)
 
 
 def _words(error: Exception) -> str:

@@ -6,6 +6,8 @@ A checkpoint appears and goes by one rename, so whatever dies whenever, what has
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import shutil
 import time
@@ -25,6 +27,8 @@ _UNFINISHED = re.compile(r"\.step-\d{6,}\.(.+?)(?:\.old)?\.tmp")
 VISIBLE_S = 60.0
 """How long another rank's file may take to appear on a shared file system."""
 WAIT_S = 0.5
+SHARES_POLL_S = 0.05
+"""How often rank 0's thread looks for the shares of the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +98,9 @@ class Shelf:
         """Rank 0 sees every file of every rank, whole."""
         deadline = time.monotonic() + VISIBLE_S
         while True:
-            there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            found = [path for path in folder.rglob("*") if path.is_file()]
+            # A listing may be old: a share had a name with a dot before it had its own.
+            there = {path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".share-")}
             short = [name for name in there & files.keys() if (folder / name).stat().st_size != files[name]["bytes"]]
             if there == files.keys() and not short:
                 return
@@ -142,6 +148,20 @@ class Shelf:
     def give_up(self, step: int) -> None:
         """Remove what a failed save has written."""
         shutil.rmtree(self.unfinished(step), ignore_errors=True)
+
+    def shares(self, step: int, world: int) -> list[dict[str, Any]]:
+        """What every rank says it has written.
+
+        Raises:
+            OSError: not all of them have.
+            FencedError: a newer attempt has begun.
+        """
+        if self.fence is not None:
+            self.fence.glance()
+        folder = self.unfinished(step)
+        os.listdir(folder)  # noqa: PTH208 (refreshes NFS's view)
+        paths = [folder / SHARE.format(rank) for rank in range(world)]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def listed(self) -> list[str]:
         """Names of finished checkpoints, newest first."""

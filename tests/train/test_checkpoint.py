@@ -124,6 +124,48 @@ def test_periodic_checkpoints_keep_the_newest(ranks: Ranks, workshop: Path) -> N
     assert (manifest["world_size"], manifest["zero_stage"], manifest["method"]) == (2, 2, "lora")
 
 
+class KilledError(Exception):
+    """What stands for a kill where the processes must live on for the next test."""
+
+
+def _die_in_the_step_after(run_dir: Path, step: int) -> str:
+    """A rank that ends inside the step after `step`, once the checkpoint is there; nobody has voted since."""
+    from launcher.worker.loop import Loop
+
+    whole = Loop._step
+    checkpoint = RunFolder(run_dir).checkpoint(step)
+
+    def deadly(self: Loop) -> tuple[bool, bool]:
+        if self.memory.step < step:
+            return whole(self)
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        raise KilledError(str(checkpoint.exists()))
+
+    Loop._step = deadly  # type: ignore[method-assign]
+    try:
+        train_here(run_dir, "first.0")
+    except KilledError as error:
+        return str(error)
+    finally:
+        Loop._step = whole  # type: ignore[method-assign]
+    return "it trained to the end"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_save_is_on_disk_as_soon_as_every_rank_has_written(stage: int, ranks: Ranks, workshop: Path) -> None:
+    """No step needs to end for it: killed in the step after a save, a run goes on from that save."""
+    recipe = _recipe(workshop, "lora", save_steps=2, background=True)
+    run, straight = (make_run(recipe, candidate_for(2, stage)) for _ in range(2))
+    assert ranks.run(_die_in_the_step_after, run.path, 4) == ["True", "True"]
+    ranks.run(train_here, run.path, "second.1")
+    resumed = next(line for line in read_json_lines(run.attempts) if line["event"] == "resumed")
+    assert resumed["step"] == 4
+    ranks.run(train_here, straight.path)
+    assert _sequence(run) == _sequence(straight)
+
+
 DAMAGE = {
     "a truncated shard": lambda path: (path / "engine.pt").write_bytes((path / "engine.pt").read_bytes()[:-100]),
     "a flipped byte": lambda path: _flip(path / "engine.pt"),
@@ -362,6 +404,17 @@ def test_waiting_for_a_save_ends_with_it_on_disk(tmp_path: Path) -> None:
     assert outcome.path is not None
     assert checkpoints.newest() == outcome.path
     assert 0 < outcome.stall_s <= outcome.seconds
+
+
+def test_a_save_without_votes_completes_by_itself(tmp_path: Path) -> None:
+    """The votes only tell how it ended."""
+    checkpoints = _checkpoints(tmp_path)
+    checkpoints.begin(1, FakeEngine(), {})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "step-000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _checkpoints(tmp_path).newest() == tmp_path / "step-000001"
+    assert _landed(checkpoints).path == tmp_path / "step-000001"
 
 
 @pytest.mark.parametrize("way", ["votes", "join"])
