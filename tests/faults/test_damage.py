@@ -15,7 +15,7 @@ from tests.faults.bed import SAVE_STEPS, SLOW, LocalBed
 from tests.faults.conftest import Reference
 from tests.faults.gauntlet import check_survival
 from tests.faults.report import Row
-from tests.faults.story import story
+from tests.faults.story import events, story
 
 INTERRUPTED = "at=step,rank=1,step=14,do=kill"
 """Two checkpoints are there: of steps 8 and 12."""
@@ -171,7 +171,7 @@ def test_full_disk(
     local_reference: Reference,
     row: Row,
 ) -> None:
-    """A save that does not fit leaves the checkpoints before it alone; with room again the run ends as it should."""
+    """A save that does not fit is told and leaves the checkpoints before it alone; training goes on without it."""
     row.fault = f"checkpoints on a file system with {words}"
     there = [path for path in damaged.checkpoints.rglob("*") if not path.name.startswith(".")]
     room = {"bytes": sum(path.stat().st_size for path in there) + 65536, "inodes": len(there) + 4}
@@ -180,16 +180,13 @@ def test_full_disk(
     shutil.copytree(damaged.checkpoints, small_disk, dirs_exist_ok=True)
     shutil.rmtree(damaged.checkpoints)
     damaged.checkpoints.symlink_to(small_disk)
-    assert local_bed.launcher("resume", damaged.run_id).code == 8
-    attempt = story(damaged)[1]
-    row.seen = f"cause {attempt.cause}, action {attempt.decision['action']}"
-    assert (attempt.cause, attempt.decision["action"]) == ("disk_full", "stop")
-    assert [path.name for path in checkpoints(damaged)] == ["step-000008", "step-000012"]
-    assert str(damaged.checkpoints) in local_bed.launcher("why", damaged.run_id).expect().out
-    subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=10000", str(small_disk)], check=True)
     local_bed.launcher("resume", damaged.run_id, "--detach").expect()
-    causes = ("rank_killed", "disk_full", "finished")
-    check_survival(local_bed, damaged, local_reference("lora"), row, causes=causes)
+    check_survival(local_bed, damaged, local_reference("lora"), row, causes=("rank_killed", "finished"))
+    failed = events(damaged, "save_failed")
+    row.seen = f"{len(failed)} saves failed, none of them fatal"
+    assert failed
+    assert str(damaged.checkpoints) in failed[0]["error"]
+    assert (damaged.checkpoints / "step-000012" / "manifest.json").exists()
     damaged.checkpoints.unlink()
 
 

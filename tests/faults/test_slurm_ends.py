@@ -238,8 +238,10 @@ def test_without_scontrol(_case: None, slurm_bed: FaultBed, slurm_reference: Ref
     (broken / "scontrol").chmod(0o755)
     give_to_job_user(broken)
     fault = f"at=step,rank=1,step=10,do=kill;{SLOW}"
-    recipe = slurm_bed.fault_recipe("lora-noscontrol")
-    run = slurm_bed.launch(recipe, LAUNCHER_FAULT=fault, PATH=f"{broken}:/usr/bin:/bin")
+    # Only on the nodes: whoever submits has it.
+    site = slurm_bed.home / "without-scontrol.yaml"
+    site.write_text(f"executor: slurm\nsetup:\n  - export PATH={broken}:$PATH\n")
+    run = slurm_bed.inject("lora-noscontrol", fault, f"slurm.site={site}")
     slurm_bed.until(run.result.exists, "the result", run, 400)
     row.seen = f"action {story(run)[0].decision['action']}"
     row.measure(run)
