@@ -176,7 +176,9 @@ def _not_exercised(recipe: Recipe, large: Candidate) -> list[str]:
     """What CPU ranks with random weights cannot show."""
     found = ["the base model's own weights: random ones stood in", "memory use, speed and quality at full size"]
     if large.device == "cuda":
-        found.append("GPU kernels and their drivers; NCCL: the ranks met over Gloo")
+        found.append("GPU kernels and their drivers")
+    if large.device == "cuda" and large.world_size > 1:
+        found.append("NCCL: the ranks met over Gloo")
     if large.nodes > 1:
         found.append(f"the network between {large.nodes} nodes")
     if large.attn_implementation not in ("eager", "sdpa"):

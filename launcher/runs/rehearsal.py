@@ -13,39 +13,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError, LauncherError, RecipeError
-from launcher.facts.model import catalogue
+from launcher.errors import ClusterError, DataError, LauncherError, RecipeError
 from launcher.facts.site import Site, site_facts
-from launcher.facts.train_environment import ask, train_python
 from launcher.planning.plan import Candidate
 from launcher.planning.prepare import Planned, plan_recipe
 from launcher.planning.resolve import resolve
 from launcher.planning.shrunk import KILL_STEP, MOST_RANKS, Shrunk, few_ranks, shrink, shrink_candidate
-from launcher.recipe.load import recipe_to_yaml
-from launcher.recipe.schema import Recipe, ValidationSpec
+from launcher.recipe.dump import recipe_to_yaml
+from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.preview import refuse_untrained
+from launcher.runs.rehearsal_material import ROWS, Space, make_material, with_material, workspace
 from launcher.runs.request import JobRequest
 from launcher.runs.status import cancel, run_status, runs_folder
 from launcher.runs.submission import create_run, describe, job_request, submit
 from launcher.runs.verdicts import Tale, Verdict, exit_code, fail, judge
 
-FOLDER, MARK = ".rehearsals", "REHEARSAL"
-ROWS = 300
-"""Rows of each source that are read."""
-_MATERIAL_S = 600.0
+FOLDER = ".rehearsals"
 _LONGEST_S = {"local": 1800.0, "slurm": 4 * 3600.0}
 """A rehearsal that has not ended by then is cancelled; on Slurm this counts the wait in the queue."""
 _POLL_S = 1.0
-_HELD_OUT_ROWS = 8
 
 Report = Callable[[Verdict], None]
 
@@ -106,7 +99,7 @@ def preview(path: Path, overrides: list[str], *, slurm: bool, ranks: int | None)
     planned = _planned(path, overrides)
     candidate = _small(planned, ranks)
     shrunk = shrink(planned.recipe, planned.plan, candidate, seq_len=candidate.seq_len)
-    site = _site(planned.site, shrunk, slurm=slurm)
+    site = _site(planned.site, ranks=candidate.world_size, slurm=slurm)
     run = RunFolder(
         _parent(planned.recipe) / f"{planned.recipe.name}-xxxxxx" / f"rehearsal-{planned.recipe.name}-xxxxx"
     )
@@ -130,13 +123,12 @@ def _parent(recipe: Recipe) -> Path:
     return runs.resolve() / FOLDER
 
 
-def _site(site: Site, shrunk: Shrunk, *, slurm: bool) -> Site:
+def _site(site: Site, *, ranks: int, slurm: bool) -> Site:
     """Where the rehearsal runs: this machine with the site's environment, or the site without its GPUs.
 
     Raises:
         ClusterError: --slurm for a site that has none.
     """
-    ranks = shrunk.plan.chosen.candidate.gpus_per_node
     if slurm and site.executor != "slurm":
         raise ClusterError(f"--slurm: site {site.name} runs jobs on this machine, without Slurm; leave --slurm out")
     here = site if slurm or site.executor == "local" else site_facts("local")
@@ -180,31 +172,40 @@ def rehearse(
         stage.add(*fail("plan", _words(error)))
         return _judged(path.stem, stage, (), code=error.exit_code)
     candidate = _small(planned, ranks)
+    site = _site(planned.site, ranks=candidate.world_size, slurm=slurm)
     stage.add(_ok("plan", began_s, _plan_note(planned)))
-    with _workspace(_parent(planned.recipe), planned.recipe.name) as space:
+    with workspace(_parent(planned.recipe), planned.recipe.name) as space:
         try:
-            return _in(space, planned, candidate, stage, slurm=slurm, keep=keep)
+            return _in(space, planned, candidate, stage, site=site, slurm=slurm, keep=keep)
         except BaseException:
             space.remove()
             raise
 
 
-def _in(space: _Space, planned: Planned, candidate: Candidate, stage: _Stage, *, slurm: bool, keep: bool) -> Rehearsal:
+def _in(
+    space: Space, planned: Planned, candidate: Candidate, stage: _Stage, *, site: Site, slurm: bool, keep: bool
+) -> Rehearsal:
     """Everything after the plan."""
     name, began_s = planned.recipe.name, time.time()
     try:
-        made = _material(planned, space.path, candidate)
+        made = make_material(planned, space.path, candidate)
         refuse_untrained(made)
     except LauncherError as error:
-        stage.add(*fail("data", _words(error)))
+        look = f"; try: launcher data show {planned.path}" if isinstance(error, DataError) else ""
+        stage.add(*fail("data", _words(error) + look))
         space.remove()
         return _judged(name, stage, (), code=error.exit_code)
     stage.add(_data_verdict(made, began_s))
     shrunk = shrink(planned.recipe, planned.plan, candidate, seq_len=made["seq_len"])
-    shrunk = replace(shrunk, recipe=_with_material(shrunk.recipe, made, space.path))
-    run = _submit(shrunk, _site(planned.site, shrunk, slurm=slurm), space)
-    _watch(run, stage, shrunk.recipe)
+    shrunk = replace(shrunk, recipe=with_material(shrunk.recipe, made, space.path))
     untold = (*shrunk.not_exercised, *_untold(planned, made, slurm=slurm))
+    try:
+        run = _submit(shrunk, site, space)
+    except LauncherError as error:
+        stage.add(*fail("start", _words(error)))
+        space.remove()
+        return _judged(name, stage, untold, code=error.exit_code, capped=shrunk.capped)
+    _watch(run, stage, shrunk.recipe)
     code = 0 if stage.verdicts[-1].verdict == "ok" else exit_code(run)
     kept = space.path if code or keep else None
     if kept is None:
@@ -239,26 +240,7 @@ def _plan_note(planned: Planned) -> str:
     return f"{chosen.method}, {sharding}, {chosen.nodes} x {chosen.gpus_per_node} {chosen.gpu}"
 
 
-# ---------------------------------------------------------------- its material
-
-
-def _material(planned: Planned, folder: Path, candidate: Candidate) -> dict[str, Any]:
-    """Have the small model and the head of the data made by the train environment.
-
-    Raises:
-        RecipeError, DataError, ModelError: what the run would be refused for.
-        ClusterError: there is no train environment.
-    """
-    request = {
-        "recipe": recipe_to_yaml(planned.recipe),
-        "config": catalogue().get(planned.recipe.model.name_or_path.lower()),
-        "folder": str(folder),
-        "rows": ROWS,
-        "micro_batch": candidate.micro_batch,
-    }
-    python = train_python(planned.site)
-    python = python if os.access(python, os.X_OK) else train_python()
-    return ask("launcher.worker.shrink", request, python=python, verb="rehearse", timeout_s=_MATERIAL_S)
+# ---------------------------------------------------------------- what is said of it
 
 
 def _data_verdict(made: dict[str, Any], began_s: float) -> Verdict:
@@ -278,31 +260,6 @@ def _data_verdict(made: dict[str, Any], began_s: float) -> Verdict:
 def _share(sources: list[dict[str, Any]]) -> float:
     tokens = sum(one["tokens"] for one in sources)
     return sum(one["trained_tokens"] for one in sources) / tokens if tokens else 0.0
-
-
-def _with_material(recipe: Recipe, made: dict[str, Any], folder: Path) -> Recipe:
-    """The recipe with the small model and the files that were made."""
-    paths = iter(made["paths"])
-    data = recipe.data
-    train = tuple(replace(source, path=next(paths), split="train") for source in data.train)
-    validation = data.validation
-    if validation.source is not None:
-        validation = ValidationSpec(source=replace(validation.source, path=next(paths), split="train"))
-    elif validation.share is not None or validation.count is not None:
-        validation = ValidationSpec(count=min(_HELD_OUT_ROWS, max(1, _lines(train[0].path) // 4)))
-    retention = None if data.retention is None else replace(data.retention, path=next(paths), split="train")
-    return replace(
-        recipe,
-        name=f"rehearsal-{recipe.name}",
-        model=replace(recipe.model, name_or_path=str(folder / "model"), revision=None),
-        data=replace(data, train=train, validation=validation, retention=retention),
-        output_dir=str(folder),
-    )
-
-
-def _lines(path: str) -> int:
-    with Path(path).open(encoding="utf-8") as file:
-        return sum(1 for _ in file)
 
 
 def _untold(planned: Planned, made: dict[str, Any], *, slurm: bool) -> Iterator[str]:
@@ -326,7 +283,7 @@ def _untold(planned: Planned, made: dict[str, Any], *, slurm: bool) -> Iterator[
 # ---------------------------------------------------------------- its job
 
 
-def _submit(shrunk: Shrunk, site: Site, space: _Space) -> RunFolder:
+def _submit(shrunk: Shrunk, site: Site, space: Space) -> RunFolder:
     resolved = resolve(shrunk.recipe, shrunk.plan)
     run = create_run(recipe_to_yaml(shrunk.recipe), resolved, shrunk.plan, site, space.path)
     space.run = run
@@ -371,40 +328,3 @@ def _end(run: RunFolder) -> None:
 def _controller_is_gone(run: RunFolder) -> bool:
     job = json.loads(run.job.read_text(encoding="utf-8"))
     return job["request"]["cluster"] != "local" or not Path(f"/proc/{job['job_id']}/cmdline").exists()
-
-
-# ---------------------------------------------------------------- its folder
-
-
-@dataclass(kw_only=True)
-class _Space:
-    """The folder of one rehearsal."""
-
-    path: Path
-    run: RunFolder | None = None
-
-    def remove(self) -> None:
-        """End its job and remove it: only a folder that carries our mark, and never through a link."""
-        if self.run is not None and self.run.job.exists():
-            with contextlib.suppress(LauncherError):
-                cancel(self.run)
-        if (self.path / MARK).is_file() and not self.path.is_symlink():
-            shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.path.parent.rmdir()
-
-
-@contextlib.contextmanager
-def _workspace(parent: Path, name: str) -> Iterator[_Space]:
-    """A new private folder below `.rehearsals`.
-
-    Raises:
-        ClusterError: it cannot be made.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
-        (path / MARK).touch()
-    except OSError as error:
-        raise ClusterError(f"output_dir: cannot make a folder for the rehearsal in {parent}: {error}") from error
-    yield _Space(path=path)

@@ -56,11 +56,22 @@ class Tale:
         return [event for event in self.events if event.get("event") == name]
 
     @property
+    def phase(self) -> str | None:
+        """What the first rank that failed was doing."""
+        for path in sorted(self.run.errors.glob("*/rank-*.json")):
+            phase = json.loads(path.read_text(encoding="utf-8")).get("phase")
+            return None if phase is None else str(phase)
+        return None
+
+    @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) as they were logged; a step trained twice is there twice."""
-        return [(line["step"], line["loss"]) for line in self.metrics if line.get("loss") is not None]
+        """(step, training loss) as they were logged, null being NaN; a step trained twice is there twice."""
+        lines = (line for line in self.metrics if "loss" in line and "step" in line)
+        return [(line["step"], math.nan if line["loss"] is None else line["loss"]) for line in lines]
 
 
+_AFTER_START = ("training", "evaluating", "saving", "finishing")
+"""Phases of a rank that has its model; see runs/pulse.py."""
 Judged = tuple[str, float | None] | None
 """A note and the time at which the stage was over (epoch seconds); None while nothing shows that it went well."""
 
@@ -71,8 +82,11 @@ class StageFailedError(Exception):
 
 def _start(tale: Tale) -> Judged:
     joined = tale.named("joined")
-    ranks = tale.named("started")[0].get("world_size") if joined else None
-    return (f"{_many(ranks, 'rank')} met", joined[0]["time_s"]) if joined else None
+    at_work = any("step" in line for line in tale.metrics) or tale.phase in _AFTER_START
+    if not joined or not at_work:
+        return None
+    ranks = tale.named("started")[0].get("world_size")
+    return f"{_many(ranks, 'rank')} met and built the model", joined[0]["time_s"]
 
 
 def _steps(tale: Tale) -> Judged:
@@ -88,12 +102,13 @@ def _steps(tale: Tale) -> Judged:
 
 
 def _evaluation(tale: Tale) -> Judged:
-    found = [line for line in tale.metrics if line.get("validation_loss") is not None]
+    found = [line for line in tale.metrics if "validation_loss" in line]
     if not found:
         return None
+    bad = [line["step"] for line in found if line["validation_loss"] is None]
+    if bad:
+        raise StageFailedError(f"the validation loss of step {bad[0]} is not finite")
     loss = found[-1]["validation_loss"]
-    if not math.isfinite(loss):
-        raise StageFailedError(f"the validation loss of step {found[-1]['step']} is not finite")
     return f"validation loss {found[0]['validation_loss']:.4f} -> {loss:.4f}", None
 
 
@@ -216,7 +231,7 @@ def _from(stage: str, why: str) -> list[Verdict]:
     """This stage failed, and those after it were never reached."""
     later = STAGES[STAGES.index(stage) + 1 :]
     failed = Verdict(stage=stage, verdict="failed", seconds=None, note=why)
-    return [failed, *(_not_exercised(each, f"comes after {stage}") for each in later)]
+    return [failed, *(_not_exercised(each, f"{stage} failed") for each in later)]
 
 
 def fail(stage: str, why: str) -> list[Verdict]:

@@ -98,10 +98,19 @@ def _config(model: ModelSection, known: Mapping[str, Any] | None) -> PretrainedC
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        if known is None:
+        if known is None or Path(model.name_or_path).is_dir():
             raise ModelError(f"model.name_or_path: {model.name_or_path} cannot be read: {error}") from error
-    values = {key: value for key, value in known.items() if value is not None and key not in ("name", "source")}
-    return AutoConfig.for_model(**values)
+    return known_config(known)
+
+
+def known_config(known: Mapping[str, Any]) -> PretrainedConfig:
+    """A row of the catalogue as transformers' configuration; what its class derives by itself is left out."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[known["model_type"]]
+    derived = {name for name in known if isinstance(getattr(kind, name, None), property)}
+    left_out = derived | {"name", "source", "model_type"}
+    return kind(**{key: value for key, value in known.items() if value is not None and key not in left_out})
 
 
 # ---------------------------------------------------------------- the tokenizer
