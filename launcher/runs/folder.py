@@ -42,7 +42,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON line with a single write, so that lines of two writers never mix."""
     line = (json.dumps(value, sort_keys=True) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     try:
         os.write(descriptor, line)
     finally:

@@ -26,6 +26,7 @@ from launcher.errors import ClusterError, ConflictError
 from launcher.facts.probe import user_name
 from launcher.runs.folder import RunFolder
 from launcher.runs.process import Process, identify, is_alive, is_here, process_from_json
+from launcher.runs.variables import not_ours
 
 FOREIGN_AGE_S = 900.0
 """A lock of another machine (or one that cannot be read) counts as left behind when it is older than this."""
@@ -73,9 +74,12 @@ def hold(run: RunFolder, purpose: str) -> Iterator[None]:
 
     Raises:
         ConflictError: somebody else is; names the host, process, user and time.
-        ClusterError: the run folder cannot be written.
+        ClusterError: the run folder cannot be written, or is not ours alone.
     """
     path, mine = lock_path(run), _myself(purpose)
+    trouble = not_ours(run.path)
+    if trouble:
+        raise ClusterError(f"run folder {run.path}: {trouble}; its job would run whatever others put there")
     try:
         _take(path, mine)
     except OSError as error:

@@ -236,12 +236,12 @@ def _nothing_was_sent(run: RunFolder, token: str, why: str, before: Mapping[str,
 
 
 def _job_document(run: RunFolder) -> Mapping[str, Any] | None:
-    """What job.json holds; None where there is none."""
+    """What job.json holds; None where there is none, or none that could be put back."""
     try:
-        document: dict[str, Any] = json.loads(run.job.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        document = json.loads(run.job.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    return document
+    return document if isinstance(document, dict) else None
 
 
 def _remember(request: JobRequest, run: RunFolder, *, job_id: str | None) -> None:

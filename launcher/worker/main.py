@@ -87,6 +87,7 @@ def train(
     """
     started_s = time.monotonic()
     recipe, candidate = _read(folder, place)
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DISABLE_TELEMETRY": "1"}
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers and datasets in a log file
     fence = claim(folder, place.attempt) if place.rank == 0 else None
