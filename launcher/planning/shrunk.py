@@ -22,7 +22,10 @@ _RANK_R = 16
 """A model of hidden size 64 has no room for more."""
 _HANG_MINUTES = 5.0
 _MINUTES = 20
-_MEM = "16G"
+_RANK_GIB = 4
+"""Memory of one rank: the libraries take one, the logits of a large vocabulary two."""
+_STATE_BYTES = 16
+"""Per parameter: fp32 weight and gradient, two moments of Adam."""
 _SMALL_BUCKETS = Buckets(
     reduce_elements=1_000_000,
     allgather_elements=1_000_000,
@@ -96,10 +99,10 @@ def _lora(lora: LoraNumbers) -> LoraNumbers:
     return replace(lora, r=r, lora_alpha=lora.lora_alpha * r / lora.r)
 
 
-def shrink(recipe: Recipe, plan: Plan, candidate: Candidate, *, seq_len: int) -> Shrunk:
+def shrink(recipe: Recipe, plan: Plan, candidate: Candidate, *, seq_len: int, params: int = 0) -> Shrunk:
     """The rehearsal's recipe and plan; model, data and output folder are still the recipe's.
 
-    `candidate` is the small one, `seq_len` the tokens per row.
+    `candidate` is the small one, `seq_len` the tokens per row, `params` the small model's parameters.
     """
     small = replace(candidate, seq_len=min(seq_len, candidate.seq_len))
     pinned = pin(recipe, small)
@@ -135,7 +138,7 @@ def shrink(recipe: Recipe, plan: Plan, candidate: Candidate, *, seq_len: int) ->
     )
     return Shrunk(
         recipe=quiet,
-        plan=_plan(plan, small),
+        plan=_plan(plan, small, params),
         not_exercised=tuple(_not_exercised(recipe, plan.chosen.candidate)),
         capped=tuple(_capped(plan.chosen.candidate, small)),
     )
@@ -146,16 +149,26 @@ def _harmless(option: str) -> bool:
     return not any(word in option for word in ("gpu", "gres", "tres", "depend", "begin", "mem", "cpus", "array"))
 
 
-def _plan(plan: Plan, small: Candidate) -> Plan:
+def _plan(plan: Plan, small: Candidate, params: int) -> Plan:
     """The plan of the small job: its candidate, seconds instead of minutes, no alternatives."""
     short = Interval(low=0.1, expected=1.0, high=5.0)
-    chosen = replace(plan.chosen, candidate=small, step_s=short, save_s=2.0, steps=STEPS, wall_s=60.0)
+    chosen = replace(
+        plan.chosen,
+        candidate=small,
+        step_s=short,
+        save_s=2.0,
+        steps=STEPS,
+        wall_s=60.0,
+        # The worker looks whether the machine has them.
+        host_ram_bytes_per_node=small.world_size * (2**30 + _STATE_BYTES * params),
+        checkpoint_bytes=_STATE_BYTES * params,
+    )
     return replace(
         plan,
         chosen=chosen,
         alternatives=(),
         elastic=(),
-        job=JobShape(time_limit_min=_MINUTES, cpus_per_task=1, mem=_MEM),
+        job=JobShape(time_limit_min=_MINUTES, cpus_per_task=1, mem=f"{_RANK_GIB * small.world_size}G"),
     )
 
 

@@ -4,7 +4,8 @@ Only things inside folders that carry our own marks are ever removed, never thro
 
 - temporary folders of saves and of token caches that nobody is writing any more,
 - checkpoints of runs that finished (the result is verified; the adapter or model stays), all but those asked for,
-- run folders whose job never started anything and that are older than a day.
+- run folders whose job never started anything and that are older than a day,
+- rehearsals that failed, were kept or were killed, a day later.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.runs.folder import RunFolder
+from launcher.runs.rehearsal_material import FOLDER as REHEARSALS
+from launcher.runs.rehearsal_material import MARK
 from launcher.runs.state import read_evidence
 from launcher.runs.status import RunStatus, list_runs
 
@@ -35,7 +38,7 @@ class Garbage:
 def find_garbage(parent: Path, *, checkpoints: bool = True, now_s: float | None = None) -> list[Garbage]:
     """Everything removable below `parent`, largest first; `checkpoints` of finished runs included or not."""
     now = time.time() if now_s is None else now_s
-    found = [*_caches(parent, now)]
+    found = [*_caches(parent, now), *_rehearsals(parent, now)]
     for status in list_runs(parent):
         run = RunFolder(Path(status.path))
         if run.path.parent != parent.resolve() or run.path.is_symlink():
@@ -64,6 +67,13 @@ def _caches(parent: Path, now: float) -> Iterator[Garbage]:
     for path in sorted(tokens.glob("*.building-*")):
         if path.is_dir() and not path.is_symlink() and _age_s(path, now) > ABANDONED_S:
             yield _garbage(path, "a token cache whose build was killed")
+
+
+def _rehearsals(parent: Path, now: float) -> Iterator[Garbage]:
+    for mark in sorted((parent / REHEARSALS).glob(f"*/{MARK}")):
+        path = mark.parent
+        if not path.is_symlink() and not path.parent.is_symlink() and _age_s(path, now) > ABANDONED_S:
+            yield _garbage(path, "a rehearsal that is over")
 
 
 def _garbage(path: Path, why: str) -> Garbage:

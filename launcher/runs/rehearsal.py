@@ -29,13 +29,12 @@ from launcher.recipe.dump import recipe_to_yaml
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.preview import refuse_untrained
-from launcher.runs.rehearsal_material import ROWS, Space, make_material, with_material, workspace
+from launcher.runs.rehearsal_material import FOLDER, ROWS, Space, make_material, with_material, workspace
 from launcher.runs.request import JobRequest
 from launcher.runs.status import cancel, run_status, runs_folder
 from launcher.runs.submission import create_run, describe, job_request, submit
 from launcher.runs.verdicts import Tale, Verdict, exit_code, fail, judge
 
-FOLDER = ".rehearsals"
 _LONGEST_S = {"local": 1800.0, "slurm": 4 * 3600.0}
 """A rehearsal that has not ended by then is cancelled; on Slurm this counts the wait in the queue."""
 _POLL_S = 1.0
@@ -196,7 +195,9 @@ def _in(
         space.remove()
         return _judged(name, stage, (), code=error.exit_code)
     stage.add(_data_verdict(made, began_s))
-    shrunk = shrink(planned.recipe, planned.plan, candidate, seq_len=made["seq_len"])
+    shrunk = shrink(
+        planned.recipe, planned.plan, candidate, seq_len=made["seq_len"], params=made["model"]["parameters"]
+    )
     shrunk = replace(shrunk, recipe=with_material(shrunk.recipe, made, space.path))
     untold = (*shrunk.not_exercised, *_untold(planned, made, slurm=slurm))
     try:

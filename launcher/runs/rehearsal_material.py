@@ -21,6 +21,8 @@ from launcher.recipe.schema import Recipe, ValidationSpec
 from launcher.runs.folder import RunFolder
 from launcher.runs.status import cancel
 
+FOLDER = ".rehearsals"
+"""Of all rehearsals, below the runs folder."""
 MARK = "REHEARSAL"
 """A file that says a folder is a rehearsal's, and may be removed."""
 ROWS = 300

@@ -15,6 +15,7 @@ from launcher.runs.folder import RunFolder, read_json_lines
 
 STAGES = ("plan", "data", "start", "steps", "evaluation", "save", "kill", "resume", "finish", "export")
 OK, FAILED, NOT_EXERCISED = "ok", "failed", "not exercised"
+_ERROR_CHARS = 300
 _EQUAL = 1e-5
 """Losses of a step that was trained twice may differ by so much, relatively: sums in another order, no more."""
 
@@ -246,8 +247,15 @@ def _not_exercised(stage: str, why: str) -> Verdict:
 def _why(tale: Tale) -> str:
     """What `launcher why` says of the run: sentence, evidence, command."""
     found = explain(tale.run)
-    parts = [found.sentence, found.evidence, _command(tale.run, found)]
+    parts = [found.sentence, _evidence(tale, found), _command(tale.run, found)]
     return "; ".join(part for part in parts if part)
+
+
+def _evidence(tale: Tale, found: Explanation) -> str | None:
+    """The line that shows it; of an error of several lines the others too, which may name the field."""
+    told = [" ".join(str(line.get("error")).split())[:_ERROR_CHARS] for line in tale.named("failed")]
+    whole = next((error for error in told if found.evidence and error.startswith(found.evidence)), None)
+    return whole or found.evidence
 
 
 def _command(run: RunFolder, found: Explanation) -> str | None:

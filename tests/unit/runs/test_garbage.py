@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from launcher.cli import main
 from launcher.runs.folder import RunFolder
 from launcher.runs.garbage import find_garbage
+from launcher.runs.rehearsal_material import MARK
 from tests.unit.runs.material import make_run, note_job, write_result
 
 
@@ -64,6 +65,19 @@ def test_only_old_folders_without_a_job_go(tmp_path: Path) -> None:
     for path in (run.path, build):
         os.utime(path, (long_ago, long_ago))
     assert names(run.path.parent) == {run.run_id, build.name}
+
+
+def test_old_rehearsals_go_and_only_where_our_mark_is(tmp_path: Path) -> None:
+    """One that was killed yesterday goes; today's may be running, and a folder without the mark is somebody else's."""
+    long_ago = time.time() - 2 * 24 * 3600
+    rehearsals = tmp_path / "runs" / ".rehearsals"
+    for name in ("killed", "running", "unmarked"):
+        filled(rehearsals / name)
+        if name != "unmarked":
+            (rehearsals / name / MARK).touch()
+        if name != "running":
+            os.utime(rehearsals / name, (long_ago, long_ago))
+    assert names(tmp_path / "runs") == {"killed"}
 
 
 def test_a_planted_link_is_not_followed(finished: RunFolder, tmp_path: Path) -> None:

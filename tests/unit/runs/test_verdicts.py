@@ -139,6 +139,17 @@ def test_an_artifact_that_was_not_proved_fails_the_export_alone(run: RunFolder) 
     assert exit_code(run) == 8
 
 
+def test_an_error_of_several_lines_is_told_whole(run: RunFolder) -> None:
+    """Its first line says what kind of error it is, the second which field."""
+    story = Story(run, cluster="local", world_size=2)
+    error = "1 validation error for DeepSpeedZeroConfig\nreduce_bucket_size\n  Input should be greater than 0"
+    story.starts().reports(0, "ValidationError", error, phase="building", exit_code=1)
+    story.tell("failed", job_id="5", attempt="5.0", error=f"ValidationError: {error}", rank=0, exit_code=1)
+    append_json_line(run.metrics, {"event": "finished", "status": "failed"})
+    assert failed(run).stage == "start"
+    assert "reduce_bucket_size Input should be greater than 0" in failed(run).note
+
+
 def test_an_error_in_the_data_keeps_its_exit_code(run: RunFolder) -> None:
     """What only the job could find is still the user's data."""
     story = Story(run, cluster="local", world_size=2)
