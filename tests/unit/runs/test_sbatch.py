@@ -68,7 +68,7 @@ def test_a_range_of_nodes_is_asked_for_where_the_run_can_do_with_fewer() -> None
         lines = sbatch_lines(script)
         assert {"#SBATCH --nodes=1-4", "#SBATCH --mincpus=8", "#SBATCH --cpus-per-task=4"} <= set(lines)
         assert not [line for line in lines if "ntasks" in line]
-        choosing = [line for line in script.splitlines() if "nodes" in line and not line.startswith(("#", "srun"))]
+        choosing = [line for line in script.splitlines() if line.startswith(("for nodes", "export SLURM_"))]
         for free, used in ((4, 4), (3, 2), (2, 2), (1, 1)):
             shell = "\n".join(
                 [f"SLURM_JOB_NUM_NODES={free}", *choosing, "echo $SLURM_NNODES $SLURM_NTASKS $SLURM_NTASKS_PER_NODE"]
