@@ -23,6 +23,8 @@ from launcher.worker.progress import Progress, step_line
 from launcher.worker.stopping import StopFlag
 
 Batch = dict[str, torch.Tensor]
+_VOTES = 7
+"""Stop, save, three of a save in the background, tokens read and trained; the ranks' paces follow."""
 
 
 class Rows(Protocol):
@@ -81,6 +83,19 @@ class Saves(Protocol):
 
     def join(self) -> None:
         """Wait for a save in the background."""
+
+
+class Paces(Protocol):
+    """How fast each rank is by itself; see pace.py."""
+
+    def start(self) -> None:
+        """A step begins."""
+
+    def votes(self) -> Sequence[int]:
+        """This rank's time in its place."""
+
+    def heard(self, votes: Sequence[int], wall_s: float) -> None:
+        """The times of all ranks, and how long the step took."""
 
 
 class Tracks(Protocol):
@@ -155,6 +170,8 @@ class Loop:
     tracker: Tracks
     progress: Progress
     stop: StopFlag
+    pace: Paces | None = None
+    """None: nobody to compare with."""
     memory: Memory = field(default_factory=Memory)
     _saved_s: float = field(default_factory=time.monotonic)
     _interval_tokens: int = 0
@@ -188,6 +205,8 @@ class Loop:
         """One optimizer step; whether to stop and whether to save after it, the same on every rank."""
         step = self.memory.step + 1
         started = time.monotonic()
+        if self.pace:
+            self.pace.start()
         faults.at("step", rank=self.layout.rank, step=step, model=getattr(self.engine, "module", None))
         indices = self.order.indices(step - 1)
         batches = [self._batch(self.train, part) for part in self.layout.share(indices)]
@@ -196,7 +215,8 @@ class Loop:
 
         def votes() -> list[int]:
             # Summed over ranks: a signal anywhere stops all; only rank 0's clock decides about saving.
-            return [int(self.stop.raised), int(self._save_due(step)), *self.saving.votes(), *_count(batches)]
+            told = [int(self.stop.raised), int(self._save_due(step)), *self.saving.votes(), *_count(batches)]
+            return [*told, *(self.pace.votes() if self.pace else ())]
 
         try:
             result = self.engine.train_step(
@@ -205,10 +225,13 @@ class Loop:
         except JobFailedError:  # a loss that is not finite, on every rank: what was good before it is kept
             self.saving.join()
             raise
-        stop, save, *saving, tokens, counted = result.votes
+        stop, save, *saving, tokens, counted = result.votes[:_VOTES]
         if counted != expected:
             raise RuntimeError(f"step {step}: {counted} trained tokens in the batches, {expected} in the table")
-        self._note(step, result, rate, indices, tokens, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        if self.pace:
+            self.pace.heard(result.votes[_VOTES:], seconds)
+        self._note(step, result, rate, indices, tokens, seconds)
         faults.at("after_step", rank=self.layout.rank, step=step)
         self.saving.heard(saving)
         return stop > 0, save > 0

@@ -59,6 +59,10 @@ class Progress:
         if self._terminal:
             self._advance(int(facts["step"]), int(facts["total_steps"]), float(facts["loss"]))
 
+    def slow(self, facts: dict[str, Any] | None) -> None:
+        """Name the rank that the others wait for (rank, host, times), or nobody; part of the next beats."""
+        self._facts |= {"slow": facts}
+
     def line(self, text: str) -> None:
         """One plain line for the log."""
         if not self._speaks:

@@ -25,6 +25,7 @@ from launcher.worker.data import Order, collate, needs_flat
 from launcher.worker.engine import Engine, Hooks, make_engine
 from launcher.worker.finish import Finish
 from launcher.worker.loop import Layout, Loop, Memory, Rhythm
+from launcher.worker.pace import Pace, Stopwatch, Stragglers
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
 from launcher.worker.rendezvous import device_name
@@ -58,7 +59,7 @@ class Rank:
 
     def work(self) -> str | None:
         """Build, resume, train, and leave a checkpoint (stopped: why) or an artifact and result.json (None)."""
-        self._note_hosts()
+        hosts = self._note_hosts()
         self.progress.phase("building")
         device = torch.device(device_name(self.place, self.candidate.device))
         self._check(device)
@@ -66,6 +67,7 @@ class Rank:
         engine = self._engine(device, steps)
         checkpoints = self._checkpoints()
         loop = self._loop(engine, checkpoints, order, device, steps)
+        loop.pace = self._pace(engine, device, hosts)
         self.progress.phase("loading")
         self._resume(loop, engine, checkpoints)
         reason = loop.run()
@@ -167,6 +169,16 @@ class Rank:
             stop=self.stop,
         )
 
+    def _pace(self, engine: Engine, device: torch.device, hosts: list[str]) -> Pace | None:
+        if self.place.world_size == 1:
+            return None
+        return Pace(
+            Stopwatch(engine.module, device=device, zero_stage=self.candidate.zero_stage),
+            rank=self.place.rank,
+            stragglers=Stragglers(hosts=hosts, share=1 / self.candidate.gradient_accumulation),
+            progress=self.progress,
+        )
+
     def _rhythm(self, steps: int) -> Rhythm:
         train, saving = self.recipe.train, self.recipe.checkpoint
         return Rhythm(
@@ -202,12 +214,13 @@ class Rank:
                 "resumed", **self.place.names, step=loop.memory.step, checkpoint=path.name, seconds=seconds
             )
 
-    def _note_hosts(self) -> None:
-        """Which machines take part is known once they have met."""
+    def _note_hosts(self) -> list[str]:
+        """Which machine each rank is on, known once they have met."""
         hosts: list[Any] = [None] * self.place.world_size
         dist.all_gather_object(hosts, self.place.host)
         if self.place.rank == 0:
             self.folder.record("joined", **self.place.names, hosts=list(dict.fromkeys(hosts)))
+        return hosts
 
     def _check(self, device: torch.device) -> None:
         """Nothing is loaded on a host that could not train it."""
