@@ -52,6 +52,7 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "export": ("export", "Write what vLLM, TGI or SGLang load, checked, with the command that serves it."),
     "merge": ("merge", "Merge a run's adapter into its base, shard by shard, proved."),
     "init": ("init", "Probe this site's Slurm and write its profile, every entry with its source."),
     "sync": ("sync", "Send a run's offline Weights & Biases records from a node that has network."),
@@ -271,7 +272,9 @@ def submit(
     from launcher.recipe.load import load_recipe
     from launcher.recipe.shipped import find_recipe
     from launcher.runs import launching, submission
+    from launcher.runs.preflight_files import check_working_folder
 
+    check_working_folder()
     chosen = [f"{_SBATCH_FLAGS[flag]}={value}" for flag, value in sbatch_flags.items() if value is not None]
     chosen += ["slurm.site=local"] if local else []
     asked = [*read_overrides(overrides), *chosen]

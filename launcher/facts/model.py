@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.errors import ModelError
 from launcher.facts.architecture import shape_from_config
+from launcher.facts.model_kind import model_kind_problems
 from launcher.facts.shape import Linear, ModelShape
 from launcher.facts.staged import hub_name
 from launcher.recipe.schema import ModelSection
@@ -35,6 +36,8 @@ def model_shape(model: ModelSection) -> ModelShape:
 
 def _from_folder(name: str, folder: Path) -> ModelShape:
     path = folder / "config.json"
+    if folder.is_dir() and not path.is_file() and (problems := model_kind_problems(folder)):
+        raise ModelError(*(f"model.name_or_path: {problem}" for problem in problems))
     if not folder.is_dir() or not path.is_file():
         raise ModelError(f"model.name_or_path: {folder} has no config.json; found {_found(folder)}")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from launcher.facts.learned import Learned
 
@@ -102,6 +102,14 @@ class AccountLimits:
     """Most of all jobs of the user in this account, or of the whole account; so are the next two."""
     group_jobs: int | None = None
     group_submit_jobs: int | None = None
+
+    def within(self, account: AccountLimits | None) -> AccountLimits:
+        """These limits, and where they set none on the group, those of the account as a whole."""
+        if account is None:
+            return self
+        own = {name: getattr(self, name) for name in ("group_tres", "group_jobs", "group_submit_jobs")}
+        given = {name: getattr(account, name) if value is None else value for name, value in own.items()}
+        return replace(self, **given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

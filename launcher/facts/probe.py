@@ -146,35 +146,33 @@ def associations() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     return (accounts, _unique(name for row in found for name in row[1].split(","))) if accounts else None
 
 
-def account_limits(cluster: str | None = None) -> tuple[AccountLimits, ...] | None:
+def account_limits(cluster: str | None = None, *, groups: bool = True) -> tuple[AccountLimits, ...] | None:
     """What each of this user's accounts allows, by name; None where accounting is off or does not say.
 
-    `cluster`: of a database that several clusters share, this one's.
+    `cluster`: of a database that several clusters share, this one's. `groups`: also ask, by a second call, what holds
+    for all users of an account together.
     """
     here = [f"cluster={cluster}"] if cluster else []
     text = _sacctmgr("associations", f"user={user_name()}", *here, columns=_ACCOUNT_COLUMNS)
     if text is None:
         return None
-    mine = [row for row in rows(text, _ACCOUNT_COLUMNS) if row["Account"]]
-    whole_accounts = _limits_of_accounts(sorted({row["Account"] for row in mine}), here)
-    found = [_account(row, whole_accounts.get(row["Account"], {})) for row in mine]
-    return tuple(sorted(found, key=lambda one: (one.account or "", one.partition or "")))
+    mine = [_account(row) for row in rows(text, _ACCOUNT_COLUMNS) if row["Account"]]
+    found = tuple(sorted(mine, key=lambda one: (one.account or "", one.partition or "")))
+    return with_group_limits(found, cluster) if groups else found
 
 
-def _limits_of_accounts(accounts: list[str], here: list[str]) -> dict[str, dict[str, str]]:
-    """Account -> the row of the account itself, whose group limits hold for all its users together."""
-    plain = [account for account in accounts if re.fullmatch(r"[\w.@+-]+", account)]
+def with_group_limits(found: tuple[AccountLimits, ...], cluster: str | None = None) -> tuple[AccountLimits, ...]:
+    """The same, with the group limits of the accounts themselves where the user's own rows set none."""
+    plain = sorted({one.account for one in found if one.account and re.fullmatch(r"[\w.@+-]+", one.account)})
     if not plain:
-        return {}
-    which = (f"account={','.join(plain[:_MOST_ACCOUNTS])}", "user=", *here)
+        return found
+    which = [f"account={','.join(plain[:_MOST_ACCOUNTS])}", "user=", *([f"cluster={cluster}"] if cluster else [])]
     text = _sacctmgr("associations", *which, columns=_ACCOUNT_COLUMNS)
-    return {row["Account"]: row for row in rows(text or "", _ACCOUNT_COLUMNS) if not row["User"]}
+    accounts = {row["Account"]: _account(row) for row in rows(text or "", _ACCOUNT_COLUMNS) if not row["User"]}
+    return tuple(one.within(accounts.get(one.account or "")) for one in found)
 
 
-def _account(row: dict[str, str], whole_account: dict[str, str]) -> AccountLimits:
-    def group(column: str) -> str:
-        return row[column] or whole_account.get(column, "")
-
+def _account(row: dict[str, str]) -> AccountLimits:
     return AccountLimits(
         account=row["Account"],
         partition=word(row["Partition"]),
@@ -185,9 +183,9 @@ def _account(row: dict[str, str], whole_account: dict[str, str]) -> AccountLimit
         max_submit_jobs=whole(row["MaxSubmitJobs"]),
         max_tres=_amounts(row["MaxTRES"]),
         max_tres_per_node=_amounts(row["MaxTRESPerNode"]),
-        group_tres=_amounts(group("GrpTRES")),
-        group_jobs=whole(group("GrpJobs")),
-        group_submit_jobs=whole(group("GrpSubmitJobs")),
+        group_tres=_amounts(row["GrpTRES"]),
+        group_jobs=whole(row["GrpJobs"]),
+        group_submit_jobs=whole(row["GrpSubmitJobs"]),
     )
 
 

@@ -15,14 +15,14 @@ from launcher.recipe.schema import LORA_METHODS, Recipe
 
 
 def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
-    """Refuse what can never run, all problems of a kind at once.
+    """Refuse what can never run, all problems at once.
 
     Raises:
+        ClusterError: it asks for more than the site has, or for what its GPUs cannot do; with everything below.
         RecipeError: the recipe contradicts itself, its batch does not divide, or LoRA targets match nothing.
-        ClusterError: it asks for more than the site has.
     """
-    raise_all(ClusterError, list(_site_problems(recipe, site)))
-    problems = [*_batch_problems(recipe), *_sharding_problems(recipe), *_device_problems(recipe, site)]
+    impossible = [*_site_problems(recipe, site), *_device_problems(recipe, site)]
+    problems = [*_batch_problems(recipe), *_sharding_problems(recipe)]
     problems += override_problems(recipe.deepspeed.overrides)
     if recipe.model.attn_implementation == "sdpa" and model.attention_softcap:
         problems.append(
@@ -35,7 +35,7 @@ def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
         except RecipeError as error:
             problems += error.problems
         problems += _expert_problems(recipe, model)
-    raise_all(RecipeError, problems)
+    raise_all(ClusterError if impossible else RecipeError, [*impossible, *problems])
 
 
 def _expert_problems(recipe: Recipe, model: ModelShape) -> list[str]:

@@ -7,6 +7,7 @@ preflight_partition); models are judged in facts/weights.py and facts/model_kind
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from launcher.runs.submission import job_request
 
 _ORDER: tuple[type[LauncherError], ...] = (RecipeError, DataError, ModelError, ClusterError)
 """Which error is raised when several stages found something; its messages carry all the others too."""
+
+
+_NEEDED = ("torch", "transformers", "peft")
 
 
 @dataclass(slots=True)
@@ -127,6 +131,26 @@ def _check_python(site: Site) -> None:
         raise ClusterError(
             f"venv: no Python at {python}; point the site profile or LAUNCHER_VENV to a virtual environment"
         )
+    missing = _missing_packages(python.parents[1])
+    if missing:
+        raise ClusterError(
+            f"venv: {site.venv} has no {' and no '.join(missing)}; install them there: "
+            f"{python} -m pip install 'finetune-launcher[train]'"
+        )
+
+
+def _missing_packages(venv: Path) -> list[str]:
+    """Packages that no rank starts without; only where the environment holds all of its own, by its own word."""
+    try:
+        settings = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    if re.search(r"(?mi)^include-system-site-packages\s*=\s*true", settings):
+        return []
+    folders = [*venv.glob("lib*/python*/site-packages")]
+    linked = any(any(folder.glob("*.pth")) for folder in folders)  # may bring packages from anywhere
+    lacking = [name for name in _NEEDED if not any((folder / name).is_dir() for folder in folders)]
+    return [] if (linked and len(lacking) < len(_NEEDED)) or not folders else lacking
 
 
 def _check_files(recipe: Recipe, plan: Plan, site: Site, parent: Path, kept: int, found: _Found) -> None:

@@ -17,7 +17,7 @@ from launcher.errors import LauncherError
 from launcher.facts.command import is_temporary, run_command, run_slurm
 from launcher.facts.limits import Rule, Wanted, over, rule_of_account, rule_of_qos
 from launcher.facts.offer import AccountLimits, Partition, Qos
-from launcher.facts.probe import account_limits, partitions, qos_limits, slurm_config, user_name
+from launcher.facts.probe import account_limits, partitions, qos_limits, slurm_config, user_name, with_group_limits
 from launcher.facts.slurm_text import records
 from launcher.recipe.problems import nearest
 from launcher.recipe.scalars import format_minutes
@@ -73,18 +73,26 @@ def check_cluster(job: Asked, notices: list[str]) -> list[str]:
         notices.append(f"cluster: not checked, because {error.problems[0]}")
         return []
     check.problems += _dependency(check)
-    accounts = check.questions.ask(account_limits)
+    accounts = check.questions.ask(lambda: account_limits(groups=False))
     qos = check.questions.ask(qos_limits) if accounts else None
     flags = next((one.flags for one in qos or () if one.name == job.qos), ())
     check.problems += partition_problems(job, known, notices, ignored=flags)
     check.problems += _unknown_names(job, accounts or (), qos or ())
     if not check.problems:
-        rules = _rules(job, _chosen(job, known), accounts or (), qos or ())
-        check.problems += _over_limits(check, rules)
+        partition = _chosen(job, known)
         check.problems += _tested(check)
-        check.problems += _submit_limits(check, rules)
-        _maintenance(check, _chosen(job, known))
+        check.problems += _submit_limits(check, _rules(job, partition, accounts or (), qos or ()))
+        check.problems += _over_limits(check, partition, accounts or (), qos or ())
+        _maintenance(check, partition)
     return check.problems
+
+
+def _with_groups(check: _Check, accounts: tuple[AccountLimits, ...]) -> tuple[AccountLimits, ...]:
+    """The limits with those that an account sets on all its users together: from the site profile, else asked."""
+    known = {one.account: one for one in check.job.site.account_limits}
+    if known:
+        return tuple(one.within(known.get(one.account)) for one in accounts)
+    return check.questions.ask(lambda: with_group_limits(accounts)) or accounts
 
 
 def _chosen(job: Asked, known: Sequence[Partition]) -> Partition | None:
@@ -149,13 +157,18 @@ def _charged(job: Asked, partition: Partition | None, accounts: Sequence[Account
             yield found
 
 
-def _over_limits(check: _Check, rules: Sequence[Sequence[Rule]]) -> list[str]:
+def _over_limits(
+    check: _Check, partition: Partition | None, accounts: tuple[AccountLimits, ...], qos: Sequence[Qos]
+) -> list[str]:
     """What every account that may be charged refuses; nothing where the site does not enforce limits."""
     wanted = _wanted(check.job)
-    found = [list(over(wanted, each)) for each in rules]
-    if not found or not all(found):
-        return []
-    return found[0] if _enforced(check) else []
+    known: Sequence[Callable[[], tuple[AccountLimits, ...]]]
+    known = (lambda: accounts, lambda: _with_groups(check, accounts))
+    for limits in known:
+        found = [list(over(wanted, rules)) for rules in _rules(check.job, partition, limits(), qos)]
+        if found and all(found):
+            return found[0] if _enforced(check) else []
+    return []
 
 
 def _enforced(check: _Check) -> bool:
@@ -163,7 +176,7 @@ def _enforced(check: _Check) -> bool:
     known = check.job.site.accounting_enforce
     if known is None:
         config = check.questions.ask(slurm_config)
-        said = None if config is None else config.get("AccountingStorageEnforce", "none")
+        said = None if config is None else config.get("AccountingStorageEnforce")
         known = None if said is None else tuple(word.strip().lower() for word in said.split(","))
     return known is None or bool({"limits", "safe", "all"} & set(known))
 

@@ -146,4 +146,4 @@ def _free_inodes(parent: Path) -> int | None:
 
 
 def _gib(amount: int) -> str:
-    return f"{amount / _GIB:,.1f} GiB"
+    return f"{amount / _GIB:,.1f} GiB" if amount >= _GIB // 10 else f"{amount / 2**20:,.1f} MiB"

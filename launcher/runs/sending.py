@@ -50,11 +50,11 @@ def send_to_slurm(request: JobRequest, run: RunFolder, say: Say) -> str:
     Raises:
         TemporaryError: the controller did not answer in time, and no job exists.
         MaybeSubmittedError: it did not, and whether a job exists cannot be told.
-        ClusterError: Slurm refuses the job.
+        ClusterError: Slurm refuses the job, or its commands are not on this machine.
     """
     for command in ("sbatch", "srun"):
         if shutil.which(command) is None:
-            raise TemporaryError(
+            raise ClusterError(
                 f"{command} is not on this machine's PATH, so nothing was submitted; go to a login node of the cluster "
                 "(or load its Slurm module) and try again, or run here with: launcher submit --local"
             )

@@ -89,9 +89,7 @@ def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRe
         run_dir=str(run.path),
         name=run.run_id,
         nodes=candidate.nodes,
-        # Not asked for as a range yet: with --ntasks-per-node Slurm 22.05 gives --nodes=1-4 one node, however many are
-        # free. Fewer nodes come by hand: launcher resume RUN slurm.nodes=N.
-        node_counts=(),
+        node_counts=() if local else tuple(sorted(each.nodes for each in plan.elastic)),
         tasks_per_node=candidate.gpus_per_node,
         gpus_per_node=candidate.gpus_per_node if asks_gpus and (local or site.request_gpus) else None,
         gpu_type=None if local else site.gpu_type,
@@ -168,6 +166,7 @@ def print_sbatch(request: JobRequest) -> str:
     if request.cluster != "slurm":
         raise ClusterError("--print-sbatch: this site has no Slurm (executor: local); name one with slurm.site=...")
     _remember(request, RunFolder(Path(request.run_dir)), job_id=None)
+    leave_secrets(Path(request.run_dir))
     return plain_script(request)
 
 
@@ -179,8 +178,8 @@ def submit(request: JobRequest, *, purpose: str = "submit", say: Say = silent) -
 
     Raises:
         RecipeError: a value that must not reach sbatch.
-        TemporaryError: no sbatch here, or its controller does not answer, within PATIENCE_S.
-        ClusterError: Slurm refuses the job; its words are quoted, with what exists instead.
+        TemporaryError: Slurm's controller does not answer, within PATIENCE_S.
+        ClusterError: no sbatch here, or Slurm refuses the job; its words are quoted, with what exists instead.
         ConflictError: somebody else is submitting this run.
     """
     run = RunFolder(Path(request.run_dir))

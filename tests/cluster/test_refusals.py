@@ -52,10 +52,10 @@ def test_controller_down_means_try_later(bed: Bed, recipe: str, no_controller: N
     assert not run_folders(bed)
 
 
-def test_no_sbatch_means_try_elsewhere(bed: Bed, recipe: str) -> None:
-    """On a machine without Slurm's commands `submit` exits 75 and says what is missing."""
+def test_no_sbatch_means_go_elsewhere(bed: Bed, recipe: str) -> None:
+    """On a machine without Slurm's commands `submit` exits 5 and says what is missing: waiting helps nobody."""
     only_python = str(Path(bed.python).parent)
-    answer = bed.launcher("submit", recipe, "slurm.site=dev-cluster", PATH=only_python).expect(TRY_LATER)
+    answer = bed.launcher("submit", recipe, "slurm.site=dev-cluster", PATH=only_python).expect(REFUSED)
     assert "sbatch" in answer.err
 
 

@@ -171,9 +171,9 @@ def test_variables_of_a_surrounding_job_are_hidden(
     assert fake_slurm.environment["KEPT"] == "yes"
 
 
-def test_without_sbatch_it_is_try_again_later(run: RunFolder, no_slurm: Path) -> None:
-    """Exit 75, a hint where to go, and no folder left behind."""
-    with pytest.raises(TemporaryError, match=r"sbatch is not on this machine's PATH.*login node"):
+def test_without_sbatch_another_machine_is_named(run: RunFolder, no_slurm: Path) -> None:
+    """Exit 5 (waiting helps nobody), a hint where to go, and no folder left behind."""
+    with pytest.raises(ClusterError, match=r"sbatch is not on this machine's PATH.*login node"):
         submit(request_for(run))
     assert not run.path.exists()
 

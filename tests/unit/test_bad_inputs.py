@@ -1,0 +1,580 @@
+"""Sixty inputs that must never reach a queue, and what `launcher submit --dry-run` says to each.
+
+One table. A row is a number, what is wrong, the exit code, the words that must be in the message (what to do among
+them), and how to make it wrong; 0 is a notice. Rows that need ranks, another verb or a real Slurm name the test that
+holds them. Slurm is a fake here that takes every job; tests/cluster/test_bad_inputs.py asks a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from launcher.cli import main
+from tests import tiny
+from tests.unit.runs import conftest
+from tests.unit.runs.material import FakeSlurm
+
+ROOT = Path(__file__).resolve().parents[2]
+no_slurm, fake_slurm = conftest.no_slurm, conftest.fake_slurm
+
+PARTITION = "PartitionName={name} AllowAccounts=ALL Default={default} MaxTime=1-00:00:00 State=UP TotalNodes=4 {more}\n"
+NODES = "main|16|65536|gpu:a100:8|4|idle|a100,ib\n"
+QUIET = "||||||||cluster||||{name}\n"
+ACCOUNT = "{wall}||{submit}|{tres}||{group}||{groupsubmit}|normal|||normal|dev\n"
+REFUSED, DATA, MODEL, CLUSTER, MEMORY, CONFLICT = 2, 3, 4, 5, 6, 7
+
+
+@dataclass
+class Bench:
+    """A tiny recipe that would be accepted, and what can be made wrong with it."""
+
+    home: Path
+    slurm: FakeSlurm
+    recipe: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    site: dict[str, Any] = field(default_factory=dict)
+    patch: pytest.MonkeyPatch = field(default_factory=pytest.MonkeyPatch)
+
+    def partition(self, more: str = "", **words: str) -> None:
+        """What scontrol says of the partitions."""
+        main = PARTITION.format(name="main", default="YES", more=more)
+        for key, value in words.items():
+            main = re.sub(rf"{key}=\S+", f"{key}={value}", main)
+        self.slurm.say_when("scontrol", "partition", main + PARTITION.format(name="long", default="NO", more=""))
+
+    def nodes(self, listing: str) -> None:
+        """What sinfo says of the nodes."""
+        self.slurm.say("sinfo", listing)
+
+    def account(self, **limits: str) -> None:
+        """The one account of this user."""
+        empty = dict.fromkeys(("wall", "submit", "tres", "group", "groupsubmit"), "")
+        self.slurm.say_when("sacctmgr", "associations", ACCOUNT.format(**(empty | limits)))
+
+    def rows(self, *rows: object, name: str = "chats.jsonl") -> Path:
+        """Data of these rows: text as it is, anything else as JSON."""
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (self.home / name).write_text("".join(f"{line}\n" for line in lines))
+        return self.home / name
+
+    def raw(self, content: bytes, name: str) -> None:
+        """Data of these bytes, under a name of their own."""
+        (self.home / name).write_bytes(content)
+        self.recipe["data"]["train"] = [{"path": name}]
+
+    def config(self, **changes: Any) -> None:
+        """Change the model's config.json."""
+        path = self.home / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def submit(self, *overrides: str) -> Result:
+        """`launcher submit --dry-run`: the same checks as `submit`."""
+        (self.home / "site.yaml").write_text(yaml.safe_dump(SITE | self.site))
+        text = self.text if self.text is not None else yaml.safe_dump(self.recipe, sort_keys=False)
+        (self.home / "recipe.yaml").write_text(text)
+        return CliRunner().invoke(main, ["submit", "recipe.yaml", "--dry-run", *overrides])
+
+
+SITE = {
+    "executor": "slurm",
+    "gpu": "cpu",
+    "gpus_per_node": 8,
+    "gpu_type": "a100",
+    "max_nodes": 64,
+    "cpus_per_node": 16,
+    "mem_bytes_per_node": "64G",
+    "default_partition": "main",
+    "account": "dev",
+    "file_systems": [{"name": "all", "path": "/", "shared": True}],
+}
+RECIPE = {
+    "name": "tiny",
+    "model": {"name_or_path": "model", "attn_implementation": "sdpa"},
+    "method": "lora",
+    "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+    "data": {"train": [{"path": "chats.jsonl"}], "validation": 8, "max_seq_length": 128},
+    "train": {"global_batch_size": 8, "per_device_train_batch_size": 1, "max_steps": 6, "precision": "fp32"},
+    "deepspeed": {"stage": 0},
+    "checkpoint": {"save_minutes": None, "save_steps": 3},
+    "slurm": {"site": "site.yaml", "nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "time": 20, "mem": "4G"},
+    "wandb": {"mode": "disabled"},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and chats, made once."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny.make_model_dir(folder / "model")
+    tiny.make_chat_rows(folder / "chats.jsonl")
+    return folder
+
+
+@pytest.fixture
+def bench(material: Path, tmp_path: Path, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Four nodes with eight GPUs; everything else is asked of the fake."""
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    for path in material.rglob("*"):
+        if path.is_file():
+            (home / path.relative_to(material)).write_bytes(path.read_bytes())
+    for name in (
+        "LAUNCHER_RUNS",
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "NETRC",
+        "LAUNCHER_CACHE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USER", "alice")
+    monkeypatch.chdir(home)
+    bench = Bench(home, fake_slurm, recipe=json.loads(json.dumps(RECIPE)), patch=monkeypatch)
+    bench.partition()
+    bench.nodes(NODES + NODES.replace("main", "long"))
+    bench.account()
+    fake_slurm.say_when("scontrol", "config", "AccountingStorageEnforce = associations,limits,qos\n")
+    fake_slurm.say_when("sacctmgr", "qos", QUIET.format(name="normal") + QUIET.format(name="gold"))
+    return bench
+
+
+def test_the_recipe_is_accepted_when_nothing_is_wrong(bench: Bench) -> None:
+    """Otherwise every refusal below might be of something else."""
+    result = bench.submit()
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------- ways to go wrong
+
+Wrong = Callable[[Bench], object]
+
+
+def text(line: str, before: str = "") -> Wrong:
+    """The recipe's file with a line more."""
+
+    def make(bench: Bench) -> None:
+        bench.text = before + yaml.safe_dump(bench.recipe, sort_keys=False) + line
+
+    return make
+
+
+def slurm_says(program: str, **answer: Any) -> Wrong:
+    return lambda bench: bench.slurm.say(program, **answer)
+
+
+def answers(program: str, word: str, words: str) -> Wrong:
+    return lambda bench: bench.slurm.say_when(program, word, words)
+
+
+def qos(**columns: str) -> Wrong:
+    """The QOS `normal` with limits in these columns of sacctmgr."""
+    names = ("MaxWall", "MaxJobsPU", "MaxSubmitPU", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES", "MinTRES")
+    row = "|".join(columns.get(name, "") for name in names)
+    return answers("sacctmgr", "qos", f"{row}|cluster||{columns.get('Flags', '')}||normal\n")
+
+
+def section(name: str, **fields: Any) -> Wrong:
+    return lambda bench: bench.recipe[name].update(fields)
+
+
+def chat(*turns: tuple[str, object]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+GOOD = chat(("user", "hello"), ("assistant", "there"))
+
+
+def long_prompts(bench: Bench) -> None:
+    bench.rows(*[chat(("user", "word " * 400 + str(i)), ("assistant", "yes")) for i in range(32)])
+
+
+def few(bench: Bench) -> None:
+    del bench.recipe["train"]["max_steps"]
+    bench.recipe["data"]["validation"] = None
+    bench.rows(*[chat(("user", f"a {i}"), ("assistant", "b")) for i in range(4)])
+
+
+def same_rows_twice(bench: Bench) -> None:
+    bench.recipe["data"]["validation"] = {"path": str(bench.home / "chats.jsonl")}
+
+
+def small_disk(*, free: int = 2**60, files: int = 2**30) -> Wrong:
+    """A disk with so many bytes and files free, as the kernel would tell."""
+
+    def make(bench: Bench) -> None:
+        real = os.statvfs
+
+        def statvfs(path: Any) -> os.statvfs_result:
+            told = list(real(path))
+            told[0:5] = [1, 1, 2**60, free, free]
+            told[5:8] = [2**31, files, files]
+            return os.statvfs_result(told)
+
+        bench.patch.setattr(os, "statvfs", statvfs)
+
+    return make
+
+
+def index(missing: bool = False) -> Wrong:
+    """Weights in shards, one of which is missing."""
+
+    def make(bench: Bench) -> None:
+        model = bench.home / "model"
+        (model / "model.safetensors").rename(model / "model-1.safetensors")
+        names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+    return make
+
+
+def weights(change: Callable[[bytes], bytes]) -> Wrong:
+    def make(bench: Bench) -> None:
+        path = bench.home / "model" / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return make
+
+
+def without(*names: str) -> Wrong:
+    def make(bench: Bench) -> None:
+        for name in names:
+            (bench.home / "model" / name).unlink()
+
+    return make
+
+
+def pickled(bench: Bench) -> None:
+    (bench.home / "model" / "model.safetensors").rename(bench.home / "model" / "pytorch_model.bin")
+
+
+def reservation(bench: Bench) -> None:
+    from datetime import datetime, timedelta
+
+    begins = datetime.now() + timedelta(minutes=15)
+    bench.slurm.say_when(
+        "scontrol",
+        "reservation",
+        f"ReservationName=service StartTime={begins:%Y-%m-%dT%H:%M:%S} EndTime=2099-01-01T00:00:00 Duration=1 "
+        "Nodes=node[1-4] NodeCnt=4 PartitionName=(null) Flags=MAINT,SPEC_NODES State=INACTIVE\n",
+    )
+
+
+def refused_by_test_only(words: str) -> Wrong:
+    return slurm_says("sbatch", stderr=f"allocation failure: {words}\n", status=1)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input."""
+
+    number: int
+    what: str
+    code: int = 0
+    words: tuple[str, ...] = ()
+    overrides: str = ""
+    wrong: Wrong | None = None
+    elsewhere: str | None = None
+    """FILE::TEST that holds it."""
+
+
+RECIPE_TESTS, PLAN_TESTS, RUN_TESTS, TRAIN = (
+    "tests/unit/recipe",
+    "tests/unit/planning",
+    "tests/unit/runs",
+    "tests/train",
+)
+TABLE = (
+    Row(1, "a key stands twice", REFUSED, ("recipe.yaml:", "name", "twice"), wrong=text("name: again\n")),
+    Row(1, "a tab", REFUSED, ("recipe.yaml:", "tab"), wrong=text("task:\n\tkind: style\n")),
+    Row(2, "a tag that would build objects", REFUSED, ("recipe.yaml:", "tag"),
+        wrong=text("output_dir: !!python/object/apply:os.system [ls]\n")),
+    Row(3, "a misspelt key", REFUSED, ("unknown key", "did you mean train.learning_rate"),
+        "train.learing_rate=1"),
+    Row(4, "a number that is none", REFUSED, ("train.learning_rate", "1e-4x"), "train.learning_rate=1e-4x"),
+    Row(4, "base 60 of YAML 1.1", REFUSED, ("train.seed", "1:30"), "train.seed=1:30"),
+    Row(4, "yes for a number", REFUSED, ("train.max_steps", "yes"), "train.max_steps=yes"),
+    Row(5, "a learning rate below 0", REFUSED, ("above 0", "-1"), "train.learning_rate=-1"),
+    Row(5, "a learning rate that is no number", REFUSED, ("above 0", "nan"), "train.learning_rate=nan"),
+    Row(6, "a batch that does not divide", REFUSED, ("9 does not divide", "8 or 12"),
+        "train.global_batch_size=9 slurm.nodes=2 slurm.gpus_per_node=2"),
+    Row(7, "rank 0", REFUSED, ("lora.r", "1 or more"), "lora.r=0"),
+    Row(7, "adapters on modules that are not there", REFUSED, ("q_prj", "did you mean q_proj"),
+        "lora.target_modules=q_prj"),
+    Row(7, "two precisions", REFUSED, ("precision",), "train.bf16=true train.fp16=true"),
+    Row(8, "flash attention on a CPU", CLUSTER, ("flash_attention_2", "use sdpa"),
+        "model.attn_implementation=flash_attention_2"),
+    Row(8, "fp16 on a CPU", CLUSTER, ("fp16", "use fp32 or bf16"), "train.precision=fp16"),
+    Row(9, "a preemption would lose everything",
+        elsewhere=f"{PLAN_TESTS}/test_job.py::test_a_preemption_must_not_lose_everything"),
+    Row(10, "no time left to save after the warning",
+        elsewhere=f"{PLAN_TESTS}/test_job.py::test_a_limit_without_time_to_save_is_refused"),
+    Row(11, "longer than the partition allows", CLUSTER, ("2-00:00:00", "1-00:00:00", "set slurm.time"),
+        "slurm.time=2-0"),
+    Row(12, "time 0", REFUSED, ("slurm.time", "24:00:00"), "slurm.time=0"),
+    Row(12, "a negative time", REFUSED, ("slurm.time", "24:00:00"), "slurm.time=-1"),
+    Row(12, "a time nobody writes", REFUSED, ("slurm.time", "24:00:00"), "slurm.time=soon"),
+    Row(13, "an unknown partition", CLUSTER, ("'mian' does not exist", "did you mean main", "long"),
+        "slurm.partition=mian"),
+    Row(14, "a partition that is DOWN", CLUSTER, ("not UP", "slurm.partition"),
+        wrong=lambda bench: bench.partition(State="DOWN")),
+    Row(15, "a partition that is drained", CLUSTER, ("not UP", "slurm.partition"),
+        wrong=lambda bench: bench.partition(State="DRAIN")),
+    Row(16, "an unknown account", CLUSTER, ("'nobody' is not yours", "yours: dev"), "slurm.account=nobody"),
+    Row(16, "a partition for other accounts", CLUSTER, ("is for physics", "not dev"),
+        wrong=lambda bench: bench.partition(AllowAccounts="physics")),
+    Row(16, "a partition that denies the account", CLUSTER, ("does not take dev", "another"),
+        wrong=lambda bench: bench.partition("DenyAccounts=dev")),
+    Row(17, "an unknown QOS", CLUSTER, ("no QOS 'golden'", "yours: normal"), "slurm.qos=golden"),
+    Row(17, "a QOS that was not granted", CLUSTER, ("'gold' is not yours", "yours: normal"), "slurm.qos=gold"),
+    Row(18, "a wckey in the recipe", REFUSED, ("wckey", "SBATCH_WCKEY"), "slurm.extra.wckey=submitit"),
+    Row(18, "submitit's own wckey",
+        elsewhere="tests/unit/runs/test_sbatch.py::test_no_wckey_is_sent"),
+    Row(19, "more nodes than the partition has", CLUSTER, ("8 nodes asked", "at most 4"), "slurm.nodes=8"),
+    Row(20, "more GPUs than any node has", CLUSTER, ("slurm.gpus_per_node", "has 4"), "slurm.gpus_per_node=8",
+        wrong=lambda bench: bench.nodes(NODES.replace("a100:8", "a100:4"))),
+    Row(20, "GPUs of another name", CLUSTER, ("gpu_type", "'a100'", "has h100"),
+        wrong=lambda bench: bench.nodes(NODES.replace("gpu:a100", "gpu:h100"))),
+    Row(21, "more CPUs than a node has", CLUSTER, ("64 CPUs", "has 16", "slurm.cpus_per_task=16"),
+        "slurm.cpus_per_task=64"),
+    Row(21, "more memory than a node has", CLUSTER, ("900G", "has 64G"), "slurm.mem=900G"),
+    Row(21, "more memory than the partition gives", CLUSTER, ("8G asked", "gives a job 4G"), "slurm.mem=8G",
+        wrong=lambda bench: bench.partition("MaxMemPerNode=4096")),
+    Row(22, "a feature no node has", CLUSTER, ("'a101'", "did you mean a100", "ib"), "slurm.constraint=a101"),
+    Row(23, "nodes that do not exist", CLUSTER, ("node9", "Invalid node name specified", "sinfo -N"),
+        "slurm.extra.nodelist=node9", wrong=refused_by_test_only("Invalid node name specified")),
+    Row(23, "too few nodes are left", CLUSTER, ("node[1-3]", "Requested node configuration is not available"),
+        "slurm.extra.exclude=node[1-3] slurm.nodes=2",
+        wrong=refused_by_test_only("Requested node configuration is not available")),
+    Row(24, "all nodes are drained", CLUSTER, ("all 4 nodes of main are down or drained", "sinfo -R"),
+        wrong=lambda bench: bench.nodes(NODES.replace("idle", "drain"))),
+    Row(24, "some nodes are drained", 0, ("2 nodes asked", "1 of partition main are up", "slurm.nodes=1"),
+        "slurm.nodes=2",
+        wrong=lambda bench: bench.nodes(NODES.replace("4|idle", "3|drain") + NODES.replace("4|idle", "1|idle"))),
+    Row(25, "maintenance before the job could end", 0, ("maintenance service", "may have to wait", "slurm.time=00:1"),
+        wrong=reservation),
+    Row(26, "an unknown reservation", CLUSTER, ("reservation=nope", "Requested reservation is invalid"),
+        "slurm.extra.reservation=nope", wrong=refused_by_test_only("Requested reservation is invalid")),
+    Row(27, "an array", REFUSED, ("slurm.extra.array", "one run is one job"), "slurm.extra.array=0-9"),
+    Row(28, "as many jobs as may wait already", CLUSTER, ("2 of your jobs", "account dev allows 2", "launcher status"),
+        wrong=lambda bench: (bench.account(submit="2"), bench.slurm.say("squeue", "11\n12\n"))),
+    Row(29, "more than the account may ever have", CLUSTER, ("4 of gres/gpu", "account dev allows 2"),
+        "slurm.gpus_per_node=4", wrong=lambda bench: bench.account(tres="gres/gpu=2")),
+    Row(29, "longer than the account may", CLUSTER, ("00:20:00 asked", "account dev allows 00:10:00"),
+        wrong=lambda bench: bench.account(wall="00:10:00")),
+    Row(29, "more than the QOS gives all its jobs", CLUSTER, ("slurm.nodes", "QOS normal allows 1"), "slurm.nodes=2",
+        wrong=qos(GrpTRES="node=1")),
+    Row(29, "less than the QOS takes", CLUSTER, ("slurm.gpus_per_node", "less than 4"),
+        wrong=qos(MinTRES="gres/gpu=4")),
+    Row(29, "a QOS of the partition that lets nothing run", CLUSTER, ("no job run",),
+        wrong=lambda bench: (bench.partition("QoS=normal"), qos(MaxJobsPU="0")(bench))),
+    Row(29, "a limit that nobody enforces", 0, (),
+        wrong=lambda bench: (bench.account(wall="00:10:00"),
+                             answers("scontrol", "config", "AccountingStorageEnforce = none\n")(bench))),
+    Row(30, "a dependency on a job that never was", CLUSTER, ("dependency", "no job 99999", "Leave it out"),
+        "slurm.extra.dependency=afterok:99999",
+        wrong=slurm_says("squeue", stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)),
+    Row(31, "no sbatch", elsewhere="tests/unit/runs/test_submission.py::test_without_sbatch_another_machine_is_named"),
+    Row(32, "no controller",
+        elsewhere="tests/unit/runs/test_submission.py::test_an_unreachable_controller_is_try_again_later"),
+    Row(33, "a run folder in memory", CLUSTER, ("output_dir", "/dev/shm", "no other node sees", "LAUNCHER_RUNS"),
+        "output_dir=/dev/shm/runs", wrong=lambda bench: bench.site.update(file_systems=[])),
+    Row(33, "a run folder on one machine's disk", CLUSTER, ("output_dir", "a disk of this machine alone"),
+        wrong=lambda bench: bench.site.update(file_systems=[{"name": "home", "path": "/", "shared": False}])),
+    Row(33, "nobody knows who sees the run folder", 0, ("output_dir", "compute nodes must see it", "--probe-job"),
+        wrong=lambda bench: bench.site.update(file_systems=[])),
+    Row(34, "an output folder that cannot be written", CLUSTER, ("output_dir", "/proc/runs", "cannot be written"),
+        "output_dir=/proc/runs"),
+    Row(35, "the working folder is gone",
+        elsewhere="tests/unit/test_bad_inputs.py::test_the_working_folder_is_gone"),
+    Row(36, "no space for the checkpoints", CLUSTER, ("output_dir", "need", "save_total_limit"),
+        "checkpoint.save_total_limit=5 method=full", wrong=small_disk(free=4 * 2**20)),
+    Row(36, "no files left", CLUSTER, ("room for 50 more files",), wrong=small_disk(files=50)),
+    *(Row(37, f"the name {name!r}", REFUSED, ("name", "letter or digit"), f"name={name}")
+      for name in ("a/b", "../up", "-x", "%j", ".", "x" * 101, "é", "\U0001f600")),
+    Row(38, "quotes and substitutions in a path", REFUSED, ("output_dir", "not allowed"), "output_dir=$(touch x)"),
+    Row(38, "paths with spaces and hashes work",
+        elsewhere="tests/unit/test_bad_inputs.py::test_paths_with_spaces_and_hashes_work"),
+    Row(39, "a control character on its way to sbatch", REFUSED, ("U+000A",), "slurm.extra.comment=a\nb"),
+    Row(40, "no such data file", DATA, ("chat.jsonl", "did you mean", "chats.jsonl"),
+        wrong=section("data", train=[{"path": "chat.jsonl"}])),
+    Row(40, "an empty data file", DATA, ("chats.jsonl", "no rows"), wrong=lambda bench: bench.rows()),
+    Row(40, "a folder without data", DATA, ("model/empty", "no data file"),
+        wrong=lambda bench: ((bench.home / "model/empty").mkdir(),
+                             section("data", train=[{"path": "./model/empty"}])(bench))),
+    Row(41, "a line that is not JSON", DATA, ("chats.jsonl:2", "not JSON"),
+        wrong=lambda bench: bench.rows(GOOD, '{"messages": [],}', GOOD)),
+    Row(41, "bytes that are not UTF-8", DATA, ("bad.jsonl:1", "not UTF-8"),
+        wrong=lambda bench: bench.raw(b'{"text": "\xff"}\n', "bad.jsonl")),
+    Row(41, "six bad lines", DATA, ("chats.jsonl:5", "6 bad rows in all"), wrong=lambda bench: bench.rows(*["{"] * 6)),
+    Row(42, "another schema", DATA, ("chats.jsonl:1", "no format has these columns"),
+        wrong=lambda bench: bench.rows({"question": "a"})),
+    Row(42, "an unknown role", DATA, ("chats.jsonl:1", "unknown role 'bot'"),
+        wrong=lambda bench: bench.rows(chat(("user", "a"), ("bot", "b")))),
+    Row(42, "content that is no text", DATA, ("chats.jsonl:1", "must be text"),
+        wrong=lambda bench: bench.rows(chat(("user", 1), ("assistant", "b")))),
+    Row(42, "nothing but user turns", DATA, ("chats.jsonl:1", "nothing to train on"),
+        wrong=lambda bench: bench.rows(chat(("user", "a")))),
+    Row(43, "every answer is behind the cut", DATA, ("no token of all rows", "100% of the rows are cut",
+        "data.max_seq_length"), wrong=long_prompts),
+    Row(44, "validation rows are trained on", 0, ("data.validation", "64 of the 64", "take them out"),
+        wrong=same_rows_twice),
+    Row(45, "fewer rows than a batch", DATA, ("one step takes 8", "train.global_batch_size="), wrong=few),
+    Row(46, "a truncated gzip file", DATA, ("cut.jsonl.gz", "gzip"),
+        wrong=lambda bench: bench.raw(b"\x1f\x8b\x08\x00", "cut.jsonl.gz")),
+    Row(46, "a truncated parquet file", DATA, ("cut.parquet", "parquet"),
+        wrong=lambda bench: bench.raw(b"PAR1xx", "cut.parquet")),
+    Row(46, "a data-set script", DATA, ("load.py", "cannot read this kind of file"),
+        wrong=lambda bench: bench.raw(b"raise SystemExit(99)", "load.py")),
+    Row(47, "no config.json", MODEL, ("config.json",), wrong=without("config.json")),
+    Row(47, "no tokenizer", MODEL, ("no tokenizer", "tokenizer.json"),
+        wrong=without("tokenizer.json", "tokenizer_config.json")),
+    Row(47, "no weights", MODEL, ("no *.safetensors",), wrong=without("model.safetensors")),
+    Row(48, "a shard is missing", MODEL, ("1 of 2", "model-2.safetensors"), wrong=index()),
+    Row(48, "a truncated shard", MODEL, ("truncated", "copy it again"), wrong=weights(lambda whole: whole[:-10])),
+    Row(48, "bytes behind the last tensor", MODEL, ("more than its header", "copy it again"),
+        wrong=weights(lambda whole: whole + b"xx")),
+    Row(48, "a git-lfs pointer", MODEL, ("git lfs pull",),
+        wrong=weights(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")),
+    Row(49, "pickled weights alone", MODEL, ("pytorch_model.bin", "save_pretrained"), wrong=pickled),
+    Row(50, "code of its own", MODEL, ("modeling_x.py", "model.trust_remote_code: true"),
+        wrong=lambda bench: bench.config(auto_map={"AutoModelForCausalLM": "modeling_x.Model"})),
+    Row(51, "a tokenizer of another model", MODEL, ("token number 511", "have 400 rows", "another model"),
+        wrong=lambda bench: bench.config(vocab_size=400)),
+    Row(51, "a classifier", MODEL, ("LlamaForSequenceClassification", "not a causal language model"),
+        wrong=lambda bench: bench.config(architectures=["LlamaForSequenceClassification"])),
+    Row(51, "quantized already", MODEL, ("already quantized (gptq)", "method: qlora"),
+        wrong=lambda bench: bench.config(quantization_config={"quant_method": "gptq", "bits": 4})),
+    Row(51, "chats without a template",
+        elsewhere="tests/unit/facts/test_dataset.py::test_chats_without_a_template_are_refused_before_the_queue"),
+    Row(52, "an id, and nodes without network", MODEL, ("meta-llama/Llama-3.1-8B", "launcher stage"),
+        "model.name_or_path=meta-llama/Llama-3.1-8B train.precision=bf16 slurm.mem=60G",
+        wrong=lambda bench: bench.site.update(internet_on_nodes=False)),
+    Row(53, "an adapter for a base", MODEL, ("is an adapter", "owner/base"),
+        wrong=lambda bench: (without("config.json")(bench), (bench.home / "model/adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": "owner/base"})))),
+    Row(54, "more than the memory",
+        elsewhere=f"{PLAN_TESTS}/test_search.py::test_70b_full_on_one_node_is_refused_with_what_would_fit"),
+    Row(55, "another training under an old name",
+        elsewhere=f"{RUN_TESTS}/test_resume.py::test_what_makes_another_training_is_refused"),
+    Row(55, "other data under an old name", elsewhere=f"{RUN_TESTS}/test_resume.py::test_other_data_is_refused"),
+    Row(56, "a run that lives", elsewhere=f"{RUN_TESTS}/test_resume.py::test_a_living_job_is_never_joined_by_another"),
+    Row(56, "a run that somebody submits now",
+        elsewhere=f"{RUN_TESTS}/test_submission.py::test_a_run_that_somebody_submits_is_left_to_them"),
+    Row(57, "a finished run", elsewhere=f"{RUN_TESTS}/test_resume.py::test_a_finished_run_is_left_alone"),
+    Row(58, "W&B online without a key", CLUSTER, ("wandb.mode", "no key", "wandb login", "offline"),
+        "wandb.mode=online"),
+    Row(58, "W&B online from nodes without network", CLUSTER, ("no network", "launcher sync"), "wandb.mode=online",
+        wrong=lambda bench: (bench.site.update(internet_on_nodes=False), bench.patch.setenv("WANDB_API_KEY", "x"))),
+    Row(58, "a project name W&B refuses", CLUSTER, ("wandb.project", "'a/b'"), "wandb.mode=offline wandb.project=a/b"),
+    Row(59, "a token of the hub", REFUSED, ("looks like a secret", "HF_TOKEN"), "output_dir=hf_" + "a" * 30),
+    Row(59, "a key under its name", REFUSED, ("looks like a secret",), "wandb.api_key=" + "f" * 40),
+    Row(60, "an environment without torch", CLUSTER, ("venv", "no torch", "finetune-launcher[train]"),
+        wrong=lambda bench: bench.site.update(venv=str(empty_venv(bench.home / "venv")))),
+    Row(60, "no Python where the site says", CLUSTER, ("venv: no Python",),
+        wrong=lambda bench: bench.site.update(venv="/nonexistent")),
+)  # fmt: skip
+"""Every number of the matrix, in order."""
+
+
+def empty_venv(folder: Path) -> Path:
+    """A virtual environment with Python and nothing else."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text("#!/bin/sh\n")
+    (folder / "bin" / "python").chmod(0o755)
+    (folder / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    (folder / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
+    return folder
+
+
+HERE = [row for row in TABLE if row.elsewhere is None]
+
+
+@pytest.mark.parametrize("row", HERE, ids=[f"{row.number}-{row.what}"[:60] for row in HERE])
+def test_a_bad_input_is_refused_with_what_to_do(row: Row, bench: Bench) -> None:
+    """The exit code and the words of the table, no traceback, and nothing submitted."""
+    if row.wrong is not None:
+        row.wrong(bench)
+    overrides = [row.overrides] if " " in row.overrides and row.overrides.count("=") == 1 else row.overrides.split(" ")
+    result = bench.submit(*filter(None, overrides))
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert result.exit_code == row.code, result.stderr
+    missing = [word for word in row.words if word not in result.stderr]
+    assert not missing, result.stderr
+    assert all("--test-only" in call for call in bench.slurm.calls("sbatch"))
+    assert not (bench.home / "runs").exists()
+
+
+def test_the_table_has_every_number() -> None:
+    """1 to 60; rows held elsewhere name a test that exists."""
+    assert {row.number for row in TABLE} == set(range(1, 61))
+    for row in TABLE:
+        if row.elsewhere is not None:
+            file, _, name = row.elsewhere.partition("::")
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), row.elsewhere
+
+
+def test_the_working_folder_is_gone(bench: Bench) -> None:
+    """Row 35: sbatch would take the job, which would end in a second without a log."""
+    bench.recipe["model"]["name_or_path"] = str(bench.home / "model")
+    bench.recipe["data"]["train"] = [{"path": str(bench.home / "chats.jsonl")}]
+    bench.recipe["slurm"]["site"] = str(bench.home / "site.yaml")
+    bench.recipe["output_dir"] = str(bench.home / "out")
+    bench.submit()
+    gone = bench.home / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    result = CliRunner().invoke(main, ["submit", str(bench.home / "recipe.yaml"), "--dry-run"])
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == CLUSTER
+    assert "working folder" in result.stderr and "cd to one that exists" in result.stderr
+
+
+def test_paths_with_spaces_and_hashes_work(bench: Bench) -> None:
+    """Row 38: what sbatch can be told safely is no mistake."""
+    (bench.home / "my runs #1;2").mkdir()
+    result = bench.submit("output_dir=my runs #1;2")
+    assert result.exit_code == 0, result.stderr
+    assert "my runs #1;2" in json.loads(result.stdout)["run_dir"]
+
+
+def test_all_mistakes_come_at_once(bench: Bench) -> None:
+    """Data, model, files, tracking and cluster in one answer, one line each; the first gives the exit code."""
+    bench.rows(GOOD, "{")
+    pickled(bench)
+    result = bench.submit("wandb.mode=online", "slurm.partition=mian")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == DATA
+    assert len(lines) >= 1 and "chats.jsonl:2" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("slurm.constraint=a100", "slurm.extra.nodelist=node1"),
+        ("slurm.extra.dependency=afterok:5", "slurm.extra.exclude=node1"),
+    ],
+)
+def test_slurm_is_asked_five_times_at_most(bench: Bench, overrides: tuple[str, ...]) -> None:
+    """Controllers count every call against a user's rate; what is asked first decides most."""
+    bench.account(submit="50", tres="node=100")
+    bench.slurm.say("squeue", "5|5\n")
+    assert bench.submit("--no-queue", *overrides).exit_code == 0
+    programs = ("sbatch", "squeue", "scontrol", "sinfo", "sacctmgr", "sacct")
+    calls = [[program, *words] for program in programs for words in bench.slurm.calls(program)]
+    assert 3 <= len(calls) <= 5, calls
