@@ -8,6 +8,7 @@ are never shown.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import importlib.util
 import netrc
@@ -16,13 +17,17 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from launcher.errors import ClusterError, DataError, LauncherError, ModelError, RecipeError, TemporaryError, raise_all
 from launcher.facts.staged import Kind
 
 ENDPOINT = "https://huggingface.co"
+MOST_HTTP_BYTES = 50 * 10**9
+"""Larger files do not come over plain HTTP (huggingface_hub's MAX_HTTP_DOWNLOAD_SIZE)."""
+UNFINISHED = ".cache"
+"""Folder below the fetched files for what has not come whole."""
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _KEY = {"model": "model.name_or_path", "dataset": "data"}
 _ERROR: dict[Kind, type[LauncherError]] = {"model": ModelError, "dataset": DataError}
@@ -150,25 +155,82 @@ def fetch(repo: Repository, path: str, folder: Path, advance: Callable[[int], No
     """Fetch one file into `folder`, going on where an earlier try stopped; `advance` is told of bytes as they come.
 
     What is there under that name already is left as it is, verified or not, unless it is to be fetched `again`.
+    The library's own hf_hub_download begins every file anew in every process, which for a shard of gigabytes on an
+    unsteady line may mean never; so its http_get is given a file that stays, and asks for the rest.
 
     Raises:
         TornError: the whole answer came, and it is not as long as the hub said.
         ModelError, DataError, TemporaryError: as `repository`.
         ClusterError: the folder cannot be written.
     """
+    target, part = folder / path, folder / UNFINISHED / f"{path}.part"
+    if target.is_file() and not again:
+        return target
+    expected = completed(repo, path).size_bytes or 0
     with _asking(repo.kind, repo.id, repo.asked):
-        found = _library().hf_hub_download(
-            repo.id,
-            path,
-            repo_type=repo.kind,
-            revision=repo.commit,
-            local_dir=folder,
-            endpoint=endpoint(),
-            token=_token() or False,
+        if expected > MOST_HTTP_BYTES:
+            return _fetch_huge(repo, path, folder, advance, again=again)
+        for one in (target, part):
+            one.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as file:
+            _alone(file, f"{_KEY[repo.kind]}: {path} of {repo.id}")
+            if again or file.tell() > expected:
+                file.truncate(0)
+            _fetch_rest(repo, path, file, expected, advance)
+        part.replace(target)
+    return target
+
+
+def _fetch_rest(
+    repo: Repository, path: str, file: BinaryIO, expected_bytes: int, advance: Callable[[int], None]
+) -> None:
+    library = _library()
+    url = library.hf_hub_url(repo.id, path, repo_type=repo.kind, revision=repo.commit, endpoint=endpoint())
+    file.seek(0, os.SEEK_END)
+    try:
+        importlib.import_module("huggingface_hub.file_download").http_get(
+            url,
+            file,
+            resume_size=file.tell(),
+            headers=library.utils.build_hf_headers(token=_token() or False),
+            expected_size=expected_bytes,
+            displayed_filename=path,
             tqdm_class=_bar(advance),
-            force_download=again,
         )
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # its word for a whole answer of another length
+            raise TornError("does not have the length that the hub said") from error
+        raise
+
+
+def _fetch_huge(repo: Repository, path: str, folder: Path, advance: Callable[[int], None], *, again: bool) -> Path:
+    """A file that the hub gives out in chunks only (xet)."""
+    found = _library().hf_hub_download(
+        repo.id,
+        path,
+        repo_type=repo.kind,
+        revision=repo.commit,
+        local_dir=folder,
+        endpoint=endpoint(),
+        token=_token() or False,
+        tqdm_class=_bar(advance),
+        force_download=again,
+    )
     return Path(found)
+
+
+def _alone(file: BinaryIO, what: str) -> None:
+    """Two processes that append to one file would spoil it; where locks are not kept, the hashes still tell.
+
+    Raises:
+        TemporaryError: another process is at it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TemporaryError(f"{what} is being fetched by another launcher stage; wait for it") from error
+    except OSError:
+        return
 
 
 def _bar(advance: Callable[[int], None]) -> type[Any]:
@@ -252,7 +314,7 @@ def _asking(kind: Kind, name: str, asked: str) -> Iterator[None]:
         ) from missing
     except errors.LocalEntryNotFoundError as away:
         raise _unavailable(away.__cause__ or away, where, error) from away
-    except (errors.HTTPError, OSError, RuntimeError) as trouble:  # RuntimeError: the xet client's word for all trouble
+    except (errors.HTTPError, OSError) as trouble:
         raise _unavailable(trouble, where, error) from trouble
     except ValueError as refused:
         if isinstance(refused.__cause__, errors.HTTPError | OSError):
@@ -278,7 +340,7 @@ def _unavailable(trouble: BaseException, where: str, error: type[LauncherError])
     status = getattr(getattr(trouble, "response", None), "status_code", None)
     if status in (401, 403):
         return error(f"{where}: the hub refuses it{_access(trouble, where.split(': ')[1])}")
-    if status == 416 or (type(trouble) is OSError and trouble.errno is None):
+    if status == 416:  # more was kept than there is
         return TornError("does not have the length that the hub said")
     if status is not None and 400 <= status < 500 and status not in (408, 429):
         return error(f"{where}: the hub answered {status}")

@@ -229,7 +229,7 @@ def _publish(fetch: Fetch, fetched: dict[str, Digest]) -> None:
         "asked_revision": fetch.repo.asked,
         "splits": fetch.splits,
     }
-    shutil.rmtree(fetch.partial / ".cache", ignore_errors=True)
+    shutil.rmtree(fetch.partial / hub.UNFINISHED, ignore_errors=True)
     repairs = read_manifest(fetch.target) is not None
     if not repairs and fetch.repo.kind == "model":
         problems = model_folder_problems(fetch.partial)

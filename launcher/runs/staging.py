@@ -5,7 +5,6 @@ Ids are fetched at a commit; local folders and files are verified where they lie
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -252,8 +251,16 @@ def _local_json(local: Local) -> dict[str, Any]:
     }
 
 
-def model_argument(paths: Sequence[Path], staging: Staging) -> str | None:
-    """The override that makes a run use the copy of a local model; None where the recipe finds its model by itself."""
-    copies = zip(staging.locals, paths[len(staging.fetches) :], strict=True)
-    copied = next((path for one, path in copies if one.kind == "model" and path != one.path), None)
-    return None if copied is None else f"model.name_or_path={os.fspath(copied)}"
+def copy_overrides(paths: Sequence[Path], staging: Staging) -> list[str]:
+    """Overrides that make a run use the copies of local inputs; ids need none, the recipe finds them by itself."""
+    used = zip(staging.locals, paths[len(staging.fetches) :], strict=True)
+    copies = {one.path: path for one, path in used if path != one.path}
+    recipe = staging.recipe
+    named = {"model.name_or_path": recipe.model.name_or_path, "data.chat_template": recipe.data.chat_template}
+    named |= {f"data.train.{number}.path": source.path for number, source in enumerate(recipe.data.train)}
+    if recipe.data.validation.source is not None:
+        named["data.validation.path"] = recipe.data.validation.source.path
+    if recipe.data.retention is not None:
+        named["data.retention.path"] = recipe.data.retention.path
+    found = ((key, copies.get(Path(value).expanduser().absolute())) for key, value in named.items())
+    return [f"{key}={path}" for key, path in found if path is not None]

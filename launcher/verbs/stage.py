@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -43,9 +44,8 @@ def command(recipe: str, overrides: tuple[str, ...], copy: bool, verify: bool, d
         print_json(document)
     else:
         print_staging(document)
-    more = staging.model_argument(paths, wanted) if paths is not None else None
-    following = f"launcher stage {recipe}" if dry_run else f"launcher submit {recipe}{f' {more}' if more else ''}"
-    click.echo(f"Next: {following}", err=True)
+    further = [] if paths is None else staging.copy_overrides(paths, wanted)
+    click.echo(f"Next: launcher {shlex.join(['stage' if dry_run else 'submit', recipe, *further])}", err=True)
 
 
 def _where_the_hub_client_is() -> None:
