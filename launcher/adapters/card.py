@@ -12,7 +12,7 @@ from launcher.adapters.lineage import Adapter
 
 def model_card(adapter: Adapter, facts: dict[str, Any], *, merged: bool) -> str:
     """README.md with the front matter the hub reads; `facts` are measured ones, shown as they are."""
-    base = _public_base(adapter)
+    base = public_base(adapter)
     front = {
         "base_model": base,
         "base_model_relation": "finetune" if merged else "adapter",
@@ -47,7 +47,7 @@ def model_card(adapter: Adapter, facts: dict[str, Any], *, merged: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _public_base(adapter: Adapter) -> str:
+def public_base(adapter: Adapter) -> str:
     """The base's id, or the last part of its folder's name."""
     return str(adapter.lineage.get("base") or Path(adapter.base).name)
 

@@ -16,7 +16,23 @@ def _merge(request: dict[str, Any]) -> dict[str, Any]:
     return merge(request)
 
 
-ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"merge": _merge}
+def _export(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.export import export
+
+    return export(request)
+
+
+def _export_checkpoint(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.from_checkpoint import export_checkpoint
+
+    return export_checkpoint(request)
+
+
+ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "merge": _merge,
+    "export": _export,
+    "export_checkpoint": _export_checkpoint,
+}
 
 
 def main() -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConflictError, JobFailedError, ModelError, RecipeError
 from launcher.facts.train_environment import ask, train_python
+from launcher.recipe.load import load_recipe
 from launcher.runs.folder import RunFolder
 from launcher.runs.status import find_run
 
@@ -80,3 +82,101 @@ def merge(request: dict[str, Any]) -> dict[str, Any]:
         LauncherError: what the train environment found.
     """
     return ask(MODULE, request, python=train_python(), verb="merge", timeout_s=_TIMEOUT_S)
+
+
+def export_request(
+    name: str,
+    parent: Path | None,
+    *,
+    engine: str,
+    served_name: str | None,
+    base: Path | None,
+    output: Path | None,
+    trust_base: bool,
+) -> dict[str, Any]:
+    """What is asked of the train environment; the base is optional: without it nothing is loaded and compared.
+
+    Raises:
+        RecipeError, JobFailedError: no adapter. ConflictError: the target exists.
+    """
+    adapter, run = find_adapter(name, parent)
+    try:
+        folder: Path | None = base_folder(adapter, base)
+    except ModelError:
+        if base is not None:
+            raise
+        folder = None
+    target = output or (run.path / "export" / engine if run else adapter.with_name(f"{adapter.name}-{engine}"))
+    if target.exists():
+        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    return {
+        "ask": "export",
+        "adapter": str(adapter),
+        "base": str(folder) if folder else None,
+        "target": str(target.resolve()),
+        "engine": engine,
+        "name": served_name or (run.run_id if run else adapter.name),
+        "trust_base": trust_base,
+    }
+
+
+def checkpoint_request(
+    name: str, parent: Path | None, *, base: Path | None, dtype: str | None, output: Path | None
+) -> dict[str, Any]:
+    """What is asked for a full run: its newest checkpoint as a model, verified against its manifest first.
+
+    Raises:
+        JobFailedError: no checkpoint that is whole. ModelError: the base's folder is not here.
+    """
+    run = find_run(name, parent)
+    recipe = load_recipe(run.resolved)
+    folder = (base or Path(recipe.model.name_or_path)).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: is no model folder on this machine; name the base with --base FOLDER")
+    target = output or run.path / "export" / "checkpoint"
+    if target.exists():
+        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    precision = recipe.train.precision
+    return {
+        "ask": "export_checkpoint",
+        "checkpoint": str(newest_whole(run)),
+        "base": str(folder.resolve()),
+        "target": str(target.resolve()),
+        "dtype": dtype or (precision if precision in ("bf16", "fp16") else "fp32"),
+        "shard_bytes": 5 * 10**9,
+    }
+
+
+def newest_whole(run: RunFolder) -> Path:
+    """The newest checkpoint whose files have the sizes and sha256 sums of its manifest.
+
+    Raises:
+        JobFailedError: there is none.
+    """
+    trouble = []
+    for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        try:
+            files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+            bad = next((name for name, facts in files.items() if not _as_written(path / name, facts)), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            bad = f"manifest.json ({error})"
+        if bad is None:
+            return path
+        trouble.append(f"{path.name}: {bad} is not as it was written")
+    raise JobFailedError(f"{run.run_id} has no whole checkpoint in {run.checkpoints}", *trouble)
+
+
+def _as_written(path: Path, facts: dict[str, Any]) -> bool:
+    if path.is_symlink() or path.stat().st_size != facts["bytes"]:
+        return False
+    with path.open("rb") as file:
+        return bool(hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"])
+
+
+def export(request: dict[str, Any]) -> dict[str, Any]:
+    """Export; returns where it is and the command that serves it.
+
+    Raises:
+        LauncherError: what the train environment found.
+    """
+    return ask(MODULE, request, python=train_python(), verb="export", timeout_s=_TIMEOUT_S)

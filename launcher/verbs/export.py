@@ -1,0 +1,69 @@
+"""`launcher export`: an adapter or model as a serving engine loads it, with the command that serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from launcher.verbs.arguments import json_flag, print_json, run_argument, runs_option
+
+
+@click.command(name="export")
+@run_argument
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["vllm", "tgi", "sglang", "merged", "checkpoint"]),
+    required=True,
+    help="Engine that loads adapters; merged: one model; checkpoint: the newest checkpoint of a full run as a model.",
+)
+@click.option("--name", "served_name", help="Name it is served under [the run's].")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base [the one the adapter names].")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="With merged and checkpoint.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write [RUN/export/ENGINE].")
+@click.option("--trust-base", is_flag=True, help="Take the base although the adapter does not say which it was.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@json_flag
+@runs_option
+def command(
+    run: str,
+    engine: str,
+    served_name: str | None,
+    base: Path | None,
+    dtype: str | None,
+    output: Path | None,
+    trust_base: bool,
+    dry_run: bool,
+    as_json: bool,
+    parent: Path | None,
+) -> None:
+    """Write what an engine loads, refuse what it would refuse, and print the exact command that serves it."""
+    from launcher.runs import adapters
+
+    if engine == "checkpoint":
+        asked = adapters.checkpoint_request(run, parent, base=base, dtype=dtype, output=output)
+    elif engine == "merged":
+        _, folder = adapters.find_adapter(run, parent)
+        target = output or (folder.path / "export" / "merged" if folder else None)
+        asked = adapters.merge_request(run, parent, base=base, dtype=dtype, output=target, trust_base=trust_base)
+    else:
+        asked = adapters.export_request(
+            run, parent, engine=engine, served_name=served_name, base=base, output=output, trust_base=trust_base
+        )
+    if dry_run:
+        print_json({"schema": 1, **asked})
+        return
+    made = adapters.export(asked)
+    if engine in ("merged", "checkpoint"):
+        made["command"] = f"vllm serve {made['path']}"
+    if as_json:
+        print_json({"schema": 1, **made})
+        return
+    click.echo(f"wrote {made['path']}")
+    if made.get("round_trip_difference") is not None:
+        click.echo("loaded through PEFT on its base: logits equal the original adapter's")
+    elif engine not in ("merged", "checkpoint"):
+        click.echo("not loaded and compared: the base is not on this machine (--base FOLDER)")
+    click.echo(made["command"])
+    click.echo(f"Next: cd {made['path']} && {made['command']}", err=True)
