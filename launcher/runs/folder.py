@@ -5,6 +5,7 @@ The run folder is the only state of a run (docs/architecture.md, decision 2). Li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -50,13 +51,17 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of a JSON-lines file; a torn last line is skipped."""
+    """Yield the objects of a JSON-lines file; torn lines, and lines that hold anything else, are skipped."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
-            if line.endswith("\n") and line.strip():
-                yield json.loads(line)
+            if not line.endswith("\n"):
+                return
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
 
 
 def new_run_id() -> str:

@@ -89,6 +89,7 @@ SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 MaxArraySize=10001
 MaxJobCount=20000
+$(strict_line)
 KillWait=5
 SlurmctldTimeout=10
 SlurmdTimeout=10
@@ -108,6 +109,9 @@ CONF
 
 gpu_lines() { if [ "$GPUS" -gt 0 ]; then echo "GresTypes=gpu"; fi; }
 
+# By default sbatch takes jobs over a partition's limits, which then wait for ever.
+strict_line() { if [ "$STRICT" = 1 ]; then echo "EnforcePartLimits=ALL"; fi; }
+
 accounting_lines() {
   if [ "$ACCT" != 1 ]; then
     echo "AccountingStorageType=accounting_storage/none"
@@ -118,6 +122,8 @@ accounting_lines() {
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=$CONTROLLER
 AccountingStorageEnforce=associations,limits,qos
+# As curious as a site can be: what must not get there is looked for there.
+AccountingStoreFlags=job_comment,job_env,job_script
 PreemptType=preempt/qos
 PriorityType=priority/multifactor
 PriorityWeightQOS=100000
