@@ -203,7 +203,8 @@ class Supervisor:
     def _ended(self, ending: Ending) -> int:
         """The rank's process has ended by itself or by a signal."""
         reading = self._pulse.read()
-        orderly = ending.code == 0 and reading.phase in ORDERLY
+        # Python gives its handlers back on the way out: a second stop signal ends a rank that has done its work.
+        orderly = reading.phase in ORDERLY and (ending.code == 0 or ending.signal in STOP_SIGNALS)
         stack = self._stacks.read()
         if stack:
             print(stack, file=sys.stderr, flush=True)
@@ -213,9 +214,11 @@ class Supervisor:
         _bounded(lambda: orphans.end_orphans(self._run.path), _FILES_S)
         if not orderly:
             shared_memory.sweep()
+        if orderly:
+            return 0
         if ending.signal is not None:
             return 128 + ending.signal
-        return ending.code if orderly or ending.code else VANISHED_EXIT
+        return ending.code or VANISHED_EXIT
 
     def _overdue(self) -> float | None:
         """The limit that the rank has passed, its own or (0) because another rank's supervisor raised the alarm."""

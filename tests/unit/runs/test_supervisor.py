@@ -276,6 +276,16 @@ def test_a_stop_signal_reaches_the_rank_even_before_its_handlers_stand(
     assert _told(run, "reason") == name
 
 
+@pytest.mark.parametrize(("phase", "code"), [("done", 0), ("stopped", 0), ("training", 140)])
+def test_a_stop_signal_on_the_way_out_spoils_nothing(
+    phase: str, code: int, run: RunFolder, start: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    """Python takes its handlers down before it exits: what is done and written then is no death."""
+    supervisor = start(f"pulse.beat({phase!r})\nsignal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])\n"
+                       "os.kill(os.getpid(), signal.SIGUSR2)")  # fmt: skip
+    assert _end(supervisor)[0] == code
+
+
 def test_a_death_after_a_stop_signal_says_so(run: RunFolder, start: Callable[[str], subprocess.Popen[str]]) -> None:
     """Whoever diagnoses it must tell a rank that the scheduler killed from one that the kernel did."""
     supervisor = start("tell('pid', os.getpid())\nwhile signal.SIGTERM not in signal.sigpending(): time.sleep(0.01)\n"
