@@ -1,4 +1,4 @@
-"""`scripts/bench checkpoint`: how long training waits for a save, with the copy in the background and without.
+"""`scripts/bench checkpoint`: how long training waits for a save, in the background or not, and what a resume takes.
 
 Every point runs the worker's own engine and checkpoints in fresh processes, one per rank (`bench_save.py`).
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_resume
 from bench_memory import CPU_MODEL, Point, machine_name, predict, recipe_of, site_of
 
 from launcher.facts.model import model_shape
@@ -28,6 +29,8 @@ from launcher.planning.deepspeed_config import deepspeed_config
 ROOT = Path(__file__).resolve().parents[2]
 SAVE, STEP = (Path(__file__).with_name(name) for name in ("bench_save.py", "bench_step.py"))
 TIMEOUT_S = 600
+RESUME = "resume"
+"""How the points of a resume are called; see bench_resume.py."""
 _LARGER = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -136,7 +139,7 @@ def table(rows: list[dict[str, Any]], machine: str, date: str) -> str:
         "| " + " | ".join(heads) + " |",
         "|---|" + "---:|" * (len(heads) - 1),
     ]
-    for row in rows:
+    for row in (row for row in rows if not row["point"].startswith(RESUME)):
         if row.get("failed"):
             lines.append(f"| {row['point']} | failed: {str(row['failed'])[:80].replace('|', '/')} |||||||||")
             continue
@@ -152,7 +155,31 @@ def table(rows: list[dict[str, Any]], machine: str, date: str) -> str:
             f"{row['load_average']:.1f}",
         ]
         lines.append(f"| {row['point']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    resumes = bench_resume.table([row for row in rows if row["point"].startswith(RESUME)])
+    return "\n".join([*lines, "", resumes] if resumes else [*lines, ""])
+
+
+def measured(points: list[Point], resumes: bool, folders: Path, disk: Path) -> Iterator[dict[str, Any]]:
+    """Row after row; one that failed says why."""
+    for point in points:
+        try:
+            yield run_point(point, folders, disk)
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            yield {"point": point.name, **asdict(point), "failed": str(error)}
+    if not resumes:
+        return
+    try:
+        yield from bench_resume.measure(folders / "resume")
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        yield {"point": RESUME, "failed": str(error)}
+
+
+def _said(row: dict[str, Any]) -> str:
+    if row.get("failed"):
+        return f"failed: {row['failed']}"
+    if row["point"].startswith(RESUME):
+        return f"{median(row['first_step_s']):.1f} s to the first step"
+    return f"{row['stall_share']:.1%} of the waiting"
 
 
 def main(arguments: list[str]) -> int:
@@ -164,23 +191,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--disk", type=Path, default=None, help="where checkpoints are written (default: a temporary)")
     options = parser.parse_args(arguments)
     points = [point for _, point in grid() if options.only in point.name]
-    if options.list or not points:
-        print("\n".join(point.name for point in points) or f"no point's name contains {options.only!r}")
-        return 0 if points else 2
+    resumes = options.only in RESUME
+    if options.list or not (points or resumes):
+        names = [*(point.name for point in points), *([RESUME] if resumes else [])]
+        print("\n".join(names) or f"no point's name contains {options.only!r}")
+        return 0 if names else 2
     machine, date = machine_name("cpu"), time.strftime("%Y-%m-%d", time.gmtime())
     target = options.out / f"checkpoint-{machine}-{date}.jsonl"
     folders = Path(tempfile.mkdtemp(prefix="bench-"))
     disk = Path(tempfile.mkdtemp(prefix="bench-", dir=options.disk))
     try:
-        for point in points:
-            try:
-                row = run_point(point, folders, disk)
-            except (RuntimeError, subprocess.SubprocessError) as error:
-                row = {"point": point.name, **asdict(point), "failed": str(error)}
+        for row in measured(points, resumes, folders, disk):
             with target.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"machine": machine, "date": date, **row}) + "\n")
-            said = f"failed: {row['failed']}" if row.get("failed") else f"{row['stall_share']:.1%} of the waiting"
-            print(f"{point.name:48s} {said}", flush=True)
+            print(f"{row['point']:48s} {_said(row)}", flush=True)
     finally:
         shutil.rmtree(folders, ignore_errors=True)
         shutil.rmtree(disk, ignore_errors=True)
