@@ -322,7 +322,7 @@ def test_a_silent_rank_is_seen_described_and_ended(
     assert time.monotonic() - began_s < 1.5 + 10
     report = json.loads((run.errors / "job.0" / "hang-rank-1.json").read_text())
     assert (report["state"], report["phase"], report["step"]) == (state, "training", 12)
-    assert (report["cpu_share"] > 0.1) == (state == "R")
+    assert (report["cpu_share"] > 0.02) == (state == "R")  # of a core that others may use too
     stack = run.errors / "job.0" / "stack-rank-1.txt"
     if frame:
         assert frame in stack.read_text()
