@@ -188,7 +188,7 @@ def shape_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
     """Build the shape from the keys of a config.json; multimodal models are read for their text part.
 
     Raises:
-        UnknownArchitectureError, ModelError: unknown architecture, or keys that are missing or no positive whole numbers.
+        UnknownArchitectureError, ModelError: unknown architecture; keys that are missing or no positive whole numbers.
     """
     kind = str(config.get("model_type", ""))
     text = config.get("text_config")
