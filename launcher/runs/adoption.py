@@ -37,7 +37,13 @@ def open_submission(events: Events) -> Mapping[str, Any] | None:
 
 def has_settled(submitting: Mapping[str, Any]) -> bool:
     """Whether a job of this submission would be there by now."""
-    return time.time() - float(submitting.get("time_s", 0)) > SETTLES_S
+    return time.time() - _began_s(submitting) > SETTLES_S
+
+
+def _began_s(submitting: Mapping[str, Any]) -> float:
+    """When it was begun; long ago where the line does not say."""
+    time_s = submitting.get("time_s")
+    return float(time_s) if isinstance(time_s, int | float) else 0.0
 
 
 def lost_jobs(events: Mapping[str, Events]) -> dict[str, SlurmJob]:
@@ -46,7 +52,7 @@ def lost_jobs(events: Mapping[str, Events]) -> dict[str, SlurmJob]:
     Raises:
         TemporaryError: Slurm is not here or does not answer.
     """
-    began = [float(line.get("time_s", 0)) for each in events.values() if (line := open_submission(each)) is not None]
+    began = [_began_s(line) for each in events.values() if (line := open_submission(each)) is not None]
     since_s = min(began) - _CLOCKS_DIFFER_S if began else None
     found = find_named(events, since_s=since_s)
     unknown = {

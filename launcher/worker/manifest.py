@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "manifest.json"
@@ -71,12 +71,20 @@ def compare(path: Path, facts: dict[str, Any]) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or {} where it is missing or not one."""
+    """The manifest, or {} where it is missing or not one; its files are inside the folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest.get("files"), dict) else {}
-    except (OSError, ValueError, AttributeError):
+        files = manifest["files"].items()
+        return manifest if all(_is_entry(name, facts) for name, facts in files) else {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def _is_entry(name: str, facts: Any) -> bool:
+    """Whether a manifest's line is one: a path that does not leave the folder, its size and its sha256."""
+    path = PurePosixPath(name)
+    inside = name.isprintable() and path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(inside) and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
 
 
 def sync_folder(folder: Path) -> None:
