@@ -3,10 +3,10 @@
 
 # In these files `grep -q` never ends a pipe: it leaves early, and with pipefail the writer's SIGPIPE reads as "not found".
 
-SETTING_NAMES=(MODE ACCT NODES GPUS CPUS MEM JOBUSER)
+SETTING_NAMES=(MODE ACCT STRICT NODES GPUS CPUS MEM JOBUSER)
 
 load_settings() {
-  MODE=${MODE:-netns} ACCT=${ACCT:-1} NODES=${NODES:-4} GPUS=${GPUS:-8} CPUS=${CPUS:-16} MEM=${MEM:-65536}
+  MODE=${MODE:-netns} ACCT=${ACCT:-1} STRICT=${STRICT:-0} NODES=${NODES:-4} GPUS=${GPUS:-8} CPUS=${CPUS:-16} MEM=${MEM:-65536}
   JOBUSER=${JOBUSER:-slurmuser}
   ROOT=${ROOT:-/var/lib/launcher-dev-cluster}
   LOGS=$ROOT/log
