@@ -211,6 +211,8 @@ def _forget_failed_start() -> None:
 
 
 def _init(recipe: Recipe, run: RunFolder, mode: Any) -> Any:
+    # Read when wandb is imported: it reports its own use to its makers, in offline mode, too.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     # Artifacts are staged where `wandb sync` finds them later; the home folder may be another node's.
