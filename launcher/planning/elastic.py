@@ -68,7 +68,7 @@ def _idle(found: dict[int, Estimate | None], chosen: Candidate) -> list[Warning_
     if not unused:
         return []
     message = (
-        f"on {', '.join(unused)} nodes the run would use fewer of them: so many ranks do not divide the global batch "
-        f"of {chosen.global_batch}, or it does not fit there"
+        f"on {', '.join(unused)} nodes the run uses fewer and the rest stand idle: so many ranks do not divide the "
+        f"global batch of {chosen.global_batch}, or it does not fit there"
     )
     return [Warning_(code="idle-nodes", message=message)]

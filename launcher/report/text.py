@@ -73,7 +73,9 @@ def _headline(plan: Plan) -> list[Text]:
     return [
         Text.assemble(("model   ", "bold"), f"{plan.model}  {count(plan.params)} parameters, {trained}"),
         Text.assemble(("method  ", "bold"), f"{method_sentence(candidate)}  {sharding_sentence(candidate)}"),
-        Text.assemble(("where   ", "bold"), f"{where_sentence(candidate)} on {plan.site}  ", verdict),
+        Text.assemble(
+            ("where   ", "bold"), f"{where_sentence(candidate)} on {plan.site}  ", verdict, elastic_words(plan)
+        ),
         Text.assemble(("batch   ", "bold"), batch_sentence(candidate)),
         Text.assemble(
             ("data    ", "bold"),
@@ -124,6 +126,14 @@ def where_sentence(candidate: Candidate) -> str:
     """Such as: 8 x 8 A100-80GB."""
     unit = "CPU ranks" if candidate.device == "cpu" else candidate.gpu
     return f"{candidate.nodes} x {candidate.gpus_per_node} {unit}"
+
+
+def elastic_words(plan: Plan) -> str:
+    """On how many nodes else it starts, where survival.min_nodes allows fewer; they take longer for the same steps."""
+    if not plan.elastic:
+        return ""
+    counts = sorted(each.nodes for each in plan.elastic)
+    return f"; starts on {' or '.join(str(count) for count in counts)} where fewer are free, and takes longer there"
 
 
 def _checkpointing(candidate: Candidate) -> str:

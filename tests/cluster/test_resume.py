@@ -220,6 +220,36 @@ def test_a_run_goes_on_with_more_nodes(bed: Bed, wide: RunFolder, whole: RunFold
         assert found[step][0] == pytest.approx(loss, rel=1e-3), f"step {step}"
 
 
+@pytest.fixture
+def short_of_nodes() -> Iterator[None]:
+    """One node of four is drained."""
+    slurm("scontrol", "update", "nodename=node4", "state=drain", "reason=test")
+    yield
+    slurm("scontrol", "update", "nodename=node4", "state=resume")
+
+
+def test_a_run_takes_as_many_nodes_as_it_can_use(bed: Bed, whole: RunFolder, short_of_nodes: None) -> None:
+    """Of three free nodes it uses two (the batch does not divide by three); put back, it goes on with all four."""
+    name = bed.recipe(
+        "elastic", train=TRAIN | {"per_device_train_batch_size": "auto"}, checkpoint=SAVES,
+        slurm={"nodes": 4}, survival={"min_nodes": 1},
+    )  # fmt: skip
+    answer = bed.launcher("submit", name, "--json", **late(7)).expect()
+    run = RunFolder(Path(json.loads(answer.out)["path"]))
+    bed.until(lambda: 7 in learnt(run), "step 7", run, limit_s=300)
+    assert [event["world_size"] for event in events(run, "started")] == [2]
+    slurm("scontrol", "update", "nodename=node4", "state=resume")
+    slurm("scontrol", "requeue", job_id(run))
+    slurm("scontrol", "update", f"jobid={job_id(run)}", "StartTime=now")
+    bed.finished(run)
+    assert [event["world_size"] for event in events(run, "started")] == [2, 4]
+    reference, found = learnt(whole), learnt(run)
+    assert found.keys() == reference.keys()
+    for step, (loss, rate, rows) in reference.items():
+        assert found[step][1:] == (rate, rows)
+        assert found[step][0] == pytest.approx(loss, rel=1e-3), f"step {step}"
+
+
 def test_no_lock_is_left_behind(whole: RunFolder, cut: RunFolder, wide: RunFolder) -> None:
     """Every launcher gave back what it held."""
     assert [run.run_id for run in (whole, cut, wide) if (run.path / "submit.lock").exists()] == []

@@ -15,6 +15,7 @@ from launcher.planning.plan import Candidate, Plan, plan_from_json, plan_to_json
 from launcher.planning.replan import _FREE, refuse_ragged
 from launcher.planning.search import make_plan
 from launcher.recipe.schema import Recipe
+from launcher.report.text import elastic_words
 from tests.tiny import make_recipe
 from tests.unit.runs.material import make_site
 
@@ -57,6 +58,14 @@ def test_numbers_that_do_not_divide_are_named(tmp_path: Path) -> None:
     _, plan = elastic(tmp_path, min_nodes=1)
     (warning,) = [each for each in plan.warnings if each.code == "idle-nodes"]
     assert warning.message.startswith("on 3 nodes")
+
+
+def test_the_plan_says_where_else_it_starts(tmp_path: Path) -> None:
+    """A range is no surprise; without one nothing is said."""
+    _, plan = elastic(tmp_path, min_nodes=1)
+    assert elastic_words(plan) == "; starts on 1 or 2 where fewer are free, and takes longer there"
+    _, plan = elastic(tmp_path, min_nodes=None)
+    assert elastic_words(plan) == ""
 
 
 def test_the_micro_batch_stays_where_it_can(tmp_path: Path) -> None:
