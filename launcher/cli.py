@@ -52,6 +52,7 @@ _SBATCH_FLAGS = {
 
 
 _LATER: dict[str, tuple[str, str]] = {
+    "adapters": ("adapters", "List the adapters of finished runs; tag and diff them."),
     "export": ("export", "Write what vLLM, TGI or SGLang load, checked, with the command that serves it."),
     "merge": ("merge", "Merge a run's adapter into its base, shard by shard, proved."),
     "init": ("init", "Probe this site's Slurm and write its profile, every entry with its source."),

@@ -1,0 +1,168 @@
+"""registry: the adapters below a runs folder, with where each comes from and the names people gave them.
+
+There is no database: an adapter is a run folder's `adapter/` whose weights carry their lineage in their own header; a
+tag is a line in `<runs>/.adapters/tags.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConflictError, RecipeError
+from launcher.runs.folder import RunFolder, write_json
+from launcher.runs.lock import hold
+from launcher.runs.status import find_run, runs_folder
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_WEIGHTS = "adapter_model.safetensors"
+_HEADER_LIMIT_BYTES = 100_000_000
+"""What safetensors itself allows a header to be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One adapter."""
+
+    run: str
+    path: str
+    tags: tuple[str, ...]
+    method: str | None
+    rank: int | None
+    alpha: float | None
+    target_modules: tuple[str, ...]
+    base: str | None
+    base_revision: str | None
+    base_fingerprint: str | None
+    data_key: str | None
+    bytes: int
+    step: int | None
+    validation_loss: float | None
+    retention_loss: float | None
+    finished_time_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def list_adapters(parent: Path | None = None) -> list[Entry]:
+    """Every adapter of finished runs, newest first."""
+    folder = runs_folder(parent)
+    named = _tags(folder)
+    found = [_entry(RunFolder(path.parent.parent.resolve()), named) for path in folder.glob(f"*/adapter/{_WEIGHTS}")]
+    return sorted(found, key=lambda one: -(one.finished_time_s or 0.0))
+
+
+def find_entry(name: str, parent: Path | None = None) -> Entry:
+    """The adapter of a run, or of a tag.
+
+    Raises:
+        RecipeError: no such run or tag, or a run without an adapter.
+    """
+    folder = runs_folder(parent)
+    named = _tags(folder)
+    run = find_run(named.get(name, name), parent)
+    if not (run.adapter / _WEIGHTS).is_file():
+        raise RecipeError(f"{run.run_id} has no adapter (launcher status {run.run_id} says why)")
+    return _entry(run, named)
+
+
+def tag(name: str, label: str, parent: Path | None = None, *, move: bool = False) -> Entry:
+    """Give a run's adapter a name that other verbs take.
+
+    Raises:
+        RecipeError: not a name, or no such adapter.
+        ConflictError: the tag is another run's and `move` is not said.
+    """
+    if not _TAG.fullmatch(label):
+        raise RecipeError(f"tag {label!r}: letters, digits, dot, dash and underscore, at most 63, first no sign")
+    entry = find_entry(name, parent)
+    folder = runs_folder(parent)
+    with hold(RunFolder(Path(entry.path).parent), "tag"):
+        named = _tags(folder)
+        if named.get(label, entry.run) != entry.run and not move:
+            raise ConflictError(f"tag {label!r} is of {named[label]}; say --move to give it to {entry.run}")
+        (folder / ".adapters").mkdir(mode=0o700, exist_ok=True)
+        write_json(folder / ".adapters" / "tags.json", named | {label: entry.run})
+    return find_entry(entry.run, parent)
+
+
+def diff(one: Entry, other: Entry) -> dict[str, tuple[Any, Any]]:
+    """Field -> both values, where they differ; recipes included, dotted."""
+    left, right = _facts(one), _facts(other)
+    return {key: (left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)}
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    own = {key: value for key, value in entry.to_json().items() if key not in ("path", "tags", "run")}
+    return own | _flat(_json(Path(entry.path).parent / "plan.json").get("chosen", {}), "plan.")
+
+
+def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Plain values of the plan's decision; estimates are no decisions."""
+    kept = (
+        "nodes",
+        "gpus_per_node",
+        "zero_stage",
+        "micro_batch",
+        "gradient_accumulation",
+        "precision",
+        "learning_rate",
+    )
+    return {f"{prefix}{key}": value[key] for key in kept if key in value}
+
+
+def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
+    config, told, result = (
+        _json(run.adapter / "adapter_config.json"),
+        _lineage(run.adapter / _WEIGHTS),
+        _json(run.result),
+    )
+    targets = config.get("target_modules") or ()
+    return Entry(
+        run=run.run_id,
+        path=str(run.adapter),
+        tags=tuple(sorted(label for label, target in named.items() if target == run.run_id)),
+        method=told.get("method") or config.get("peft_type"),
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        target_modules=tuple(sorted([targets] if isinstance(targets, str) else targets)),
+        base=told.get("base") or config.get("base_model_name_or_path"),
+        base_revision=told.get("base_revision"),
+        base_fingerprint=told.get("base_fingerprint"),
+        data_key=told.get("data_key"),
+        bytes=sum(path.stat().st_size for path in run.adapter.iterdir() if path.is_file()),
+        step=result.get("step"),
+        validation_loss=(result.get("validation_loss") or {}).get("after"),
+        retention_loss=(result.get("retention_loss") or {}).get("after"),
+        finished_time_s=result.get("finished_time_s"),
+    )
+
+
+def _lineage(path: Path) -> dict[str, Any]:
+    """The lineage in a safetensors header; {} where there is none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= _HEADER_LIMIT_BYTES else {}
+        told = json.loads(header.get("__metadata__", {}).get("launcher.lineage", "{}"))
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _tags(folder: Path) -> dict[str, str]:
+    found = _json(folder / ".adapters" / "tags.json")
+    return {str(label): str(run) for label, run in found.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
