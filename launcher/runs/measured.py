@@ -101,7 +101,7 @@ def sample(run: RunFolder) -> Sample:
     heartbeat = json.loads(run.heartbeat.read_text(encoding="utf-8")) if run.heartbeat.exists() else {}
     return Sample(
         run=run.run_id,
-        model=model_shape(load_recipe(run.recipe).model),
+        model=model_shape(load_recipe(run.resolved if run.resolved.exists() else run.recipe).model),
         candidate=plan.chosen.candidate,
         step_s=_step_s(run),
         peak_bytes=heartbeat.get("peak_bytes"),
