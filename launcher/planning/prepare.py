@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from launcher.errors import LauncherError
 from launcher.facts.dataset import DatasetFacts, dataset_facts
 from launcher.facts.model import ModelShape, model_shape
 from launcher.facts.site import Site, site_facts
@@ -49,19 +51,38 @@ def plan_recipe(
     `ask_queue`: whether Slurm is asked when each alternative would start; None = where the site's own Slurm is here.
 
     Raises:
-        RecipeError, DataError, ModelError, ClusterError: what the stage that failed found.
+        RecipeError: the recipe is wrong, or contradicts itself or the site.
+        DataError, ModelError, ClusterError: what is wrong with data, model and site, all of it; the first class counts.
         DoesNotFitError: carries the plan as `.plan`.
     """
     loaded, site = _located(path, overrides)
     recipe = loaded.recipe
-    model = model_shape(recipe.model)
-    local = Path(recipe.model.name_or_path)
-    data = dataset_facts(recipe.data, local if local.is_dir() else None)
-    site = site or site_facts(recipe.slurm.site)
+    local, known = Path(recipe.model.name_or_path), site
+    data, model, site = _all(
+        lambda: dataset_facts(recipe.data, local if local.is_dir() else None),
+        lambda: model_shape(recipe.model),
+        lambda: known or site_facts(recipe.slurm.site),
+    )
     queue = queue_of(recipe, site, wanted=ask_queue)
     plan = make_plan(recipe, model, data, site, objective=objective, queue=queue)
     plan = with_elastic(recipe, plan, model, data, site)
     return Planned(loaded=loaded, model=model, data=data, site=site, plan=plan, path=path)
+
+
+def _all(*stages: Callable[[], Any]) -> list[Any]:
+    """What each stage returns; where several fail, one error with the problems of all, of the first one's class."""
+    values: list[Any] = []
+    errors: list[LauncherError] = []
+    for stage in stages:
+        try:
+            values.append(stage())
+        except LauncherError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise type(errors[0])(*dict.fromkeys(problem for error in errors for problem in error.problems))
+    return values
 
 
 def load_located(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

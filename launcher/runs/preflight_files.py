@@ -70,7 +70,7 @@ def unshared(recipe: Recipe, site: Site, parent: Path, notices: list[str]) -> It
         elif shared is None and kind in MEMORY_TYPES:
             yield f"{key}: {path} is in this machine's memory ({kind}), which no other node sees; {_remedy(key)}"
         elif shared is None and kind is not None and kind not in SHARED_TYPES:
-            maybe.setdefault(kind, f"{key} ({path})")
+            maybe.setdefault(kind, f"{key} ({path.absolute()})")
     if maybe:
         kind, where = next(iter(maybe.items()))
         notices.append(
@@ -122,8 +122,8 @@ def no_room(recipe: Recipe, plan: Plan, parent: Path, *, kept: int = 0) -> Itera
         fits = room // size - 1 + kept if size else keep
         smaller = f"checkpoint.save_total_limit={fits} fits; or " if 1 <= fits < keep else ""
         yield (
-            f"output_dir: {parent} has {_gib(room)} {what}, and the checkpoints need {_gib(size * count)}: {count} of "
-            f"{_gib(size)} ({keep} kept and one being written); {smaller}set output_dir to a larger file system"
+            f"output_dir: {parent.absolute()} has {_gib(room)} {what}, and the checkpoints need {_gib(size * count)}: "
+            f"{count} of {_gib(size)} ({keep} kept and one being written); {smaller}set output_dir to a larger file system"
         )
     files = _FILES_PER_RANK * plan.chosen.candidate.world_size * count + _FILES_OF_A_RUN
     if (inodes := _free_inodes(parent)) is not None and inodes < files:

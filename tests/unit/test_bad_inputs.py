@@ -322,14 +322,28 @@ def test_paths_with_spaces_and_hashes_work(bench: Bench) -> None:
     assert "my runs #1;2" in json.loads(result.stdout)["run_dir"]
 
 
-def test_all_mistakes_come_at_once(bench: Bench) -> None:
-    """Data, model, files, tracking and cluster in one answer, one line each; the first gives the exit code."""
+def test_all_mistakes_before_the_plan_come_at_once(bench: Bench) -> None:
+    """Data, model and site in one answer; the first gives the exit code."""
     bench.rows(GOOD, "{")
-    pickled(bench)
-    result = bench.submit("wandb.mode=online", "slurm.partition=mian")
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    without("config.json")(bench)
+    result = bench.submit("slurm.site=nowhere")
     assert result.exit_code == DATA
-    assert len(lines) >= 1 and "chats.jsonl:2" in lines[0]
+    assert_each_has_a_line(result.stderr, "chats.jsonl:2", "no config.json", "'nowhere'")
+
+
+def test_all_mistakes_after_the_plan_come_at_once(bench: Bench) -> None:
+    """Model, files, tracking and cluster in one answer, one line each."""
+    pickled(bench)
+    bench.partition("DenyAccounts=dev")
+    result = bench.submit("wandb.mode=online", "slurm.cpus_per_task=64", "output_dir=/proc/runs")
+    assert result.exit_code == MODEL
+    assert_each_has_a_line(result.stderr, "pickled", "/proc/runs", "wandb login", "does not take dev", "64 CPUs")
+
+
+def assert_each_has_a_line(answer: str, *words: str) -> None:
+    lines = [line for line in answer.splitlines() if line.startswith("error: ")]
+    assert len(lines) == len(words)
+    assert all(any(word in line for line in lines) for word in words), answer
 
 
 @pytest.mark.parametrize(
