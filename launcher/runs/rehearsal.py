@@ -11,7 +11,6 @@ One job is submitted; one of its ranks is killed before the last step and the jo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError, DataError, LauncherError, RecipeError
+from launcher.errors import ClusterError, ConflictError, DataError, LauncherError, RecipeError, TemporaryError
 from launcher.facts.site import Site, site_facts
 from launcher.planning.plan import Candidate
 from launcher.planning.prepare import Planned, plan_recipe
@@ -28,6 +27,7 @@ from launcher.planning.shrunk import KILL_STEP, MOST_RANKS, Shrunk, few_ranks, s
 from launcher.recipe.dump import recipe_to_yaml
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.living import refuse_living
 from launcher.runs.preview import refuse_untrained
 from launcher.runs.rehearsal_material import FOLDER, ROWS, Space, make_material, with_material, workspace
 from launcher.runs.request import JobRequest
@@ -38,6 +38,7 @@ from launcher.runs.verdicts import Tale, Verdict, exit_code, fail, judge
 _LONGEST_S = {"local": 1800.0, "slurm": 4 * 3600.0}
 """A rehearsal that has not ended by then is cancelled; on Slurm this counts the wait in the queue."""
 _POLL_S = 1.0
+_LAST_WORDS_S = 40.0
 
 Report = Callable[[Verdict], None]
 
@@ -316,16 +317,15 @@ def _settled(run: RunFolder) -> bool:
 
 
 def _end(run: RunFolder) -> None:
-    """Leave no process: a job that is still there after its verdict is ended, the local controller waited for."""
-    until = time.monotonic() + 20.0
+    """Let the job say its last words, which it writes into the run's folder; end one that stays."""
+    until = time.monotonic() + _LAST_WORDS_S
     while time.monotonic() < until:
-        if run_status(run).ended and _controller_is_gone(run):
+        try:
+            refuse_living(run)
             return
-        time.sleep(0.2)
+        except ConflictError:
+            time.sleep(_POLL_S)
+        except TemporaryError:
+            break
     with contextlib.suppress(LauncherError):
         cancel(run)
-
-
-def _controller_is_gone(run: RunFolder) -> bool:
-    job = json.loads(run.job.read_text(encoding="utf-8"))
-    return job["request"]["cluster"] != "local" or not Path(f"/proc/{job['job_id']}/cmdline").exists()
