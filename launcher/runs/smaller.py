@@ -39,6 +39,12 @@ def use_micro_batch(run: RunFolder, size: int) -> None:
     write_plan(run, pin(recipe, candidate), _replanned(plan, candidate))
 
 
+def _at_most(candidate: Candidate, size: int) -> Candidate:
+    """A layout on fewer nodes with micro-batches of `size`, or the next smaller ones that divide a rank's share."""
+    rows = candidate.micro_batch * candidate.gradient_accumulation
+    return with_micro_batch(candidate, max(n for n in range(1, min(size, candidate.micro_batch) + 1) if rows % n == 0))
+
+
 def _replanned(plan: Plan, candidate: Candidate) -> Plan:
     before = plan.chosen.candidate.micro_batch
     message = (
@@ -48,5 +54,6 @@ def _replanned(plan: Plan, candidate: Candidate) -> Plan:
     return replace(
         plan,
         chosen=replace(plan.chosen, candidate=candidate),
+        elastic=tuple(_at_most(each, candidate.micro_batch) for each in plan.elastic),
         warnings=(*plan.warnings, Warning_(code="smaller-micro-batch", message=message)),
     )

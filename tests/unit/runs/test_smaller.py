@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_every_file_agrees(run: RunFolder) -> None:
     assert config["train_batch_size"] == before.global_batch
     assert load_recipe(run.resolved).train.per_device_train_batch_size == 3
     assert plan.warnings[-1].code == "smaller-micro-batch"
+
+
+def test_layouts_on_fewer_nodes_become_smaller_too(run: RunFolder) -> None:
+    """The job that ran out of memory may have had fewer nodes, and the next one may; one that is small enough stays."""
+    plan = plan_from_json(json.loads(run.plan.read_text()))
+    chosen = plan.chosen.candidate
+    fewer = [replace(chosen, nodes=1, micro_batch=micro, gradient_accumulation=48 // micro) for micro in (12, 2)]
+    write_json(run.plan, plan_to_json(replace(plan, elastic=tuple(fewer))))
+    use_micro_batch(run, 4)
+    elastic = plan_from_json(json.loads(run.plan.read_text())).elastic
+    assert [(each.micro_batch, each.gradient_accumulation) for each in elastic] == [(4, 12), (2, 24)]
 
 
 def test_older_plans_are_kept(run: RunFolder) -> None:
