@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -15,8 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launcher.cli import main
+from launcher.errors import DataError
+from launcher.recipe.schema import DataSection, DataSource, ModelSection
+from launcher.report.staging import progress
+from launcher.runs.preflight import check
 from tests.hub import FakeHub
-from tests.tiny import make_chat_rows, make_model_dir
+from tests.tiny import make_chat_rows, make_model_dir, make_recipe
+from tests.unit.runs.material import make_plan, make_site
 
 MODEL, DATA = "acme/tiny", "acme/chats"
 
@@ -401,3 +407,33 @@ def test_a_broken_local_folder_is_refused(tmp_path: Path, published: Path, hub: 
         file.truncate(5000)
     done = launch("stage", write_recipe(tmp_path, str(tmp_path / "model"), str(published / "data" / "train.jsonl")))
     assert done.exit_code == 4 and "truncated: 5000 of" in done.stderr
+
+
+def test_ids_that_only_the_job_could_fetch_are_refused_where_nodes_have_no_network(tmp_path: Path) -> None:
+    """Model and data set, with the verb that helps; a site of which nothing is known gets a notice instead."""
+    named = {"model": ModelSection(name_or_path=MODEL), "data": DataSection(train=(DataSource(path=DATA),))}
+    recipe = make_recipe(tmp_path, **named)
+    site = make_site(executor="local", internet_on_nodes=False)
+    with pytest.raises(DataError) as refused:
+        check(recipe, make_plan(), site, tmp_path / "runs")
+    told = [line for line in refused.value.problems if line.endswith("launcher stage RECIPE")]
+    assert [line.split(" is ")[0] for line in told] == [f"data: {DATA}", f"model.name_or_path: {MODEL}"]
+    notices = check(recipe, make_plan(), make_site(executor="local"), tmp_path / "runs")
+    assert sum("stage it first: launcher stage RECIPE" in notice for notice in notices) == 2
+
+
+def test_a_terminal_sees_a_bar_and_each_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names above, bytes in the bar, and no complaint about files that were there already."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    with progress(screen) as shown:
+        shown.begin("acme/tiny", 2 * 2**20)
+        shown.advance(2**20)
+        shown.done("model.safetensors", 2**20, "fetched")
+        shown.begin("acme/there", 0)
+        shown.advance(0)
+    assert "fetched model.safetensors (1.0 MiB)" in screen.getvalue() and "1.0/2.0 MiB" in screen.getvalue()
