@@ -98,11 +98,12 @@ def losses_at(metrics: Path) -> dict[int, float]:
 
 
 SAVES = ("saving", "saved", "save_failed")
+_ALWAYS = ("checked",)
 
 
 def events(run: RunFolder) -> list[str]:
-    """Names of the ledger's events, in order; those of saves are left out."""
-    return [line["event"] for line in read_json_lines(run.attempts) if line["event"] not in SAVES]
+    """Names of the ledger's events, in order; those of saves and of the checks at every start are left out."""
+    return [line["event"] for line in read_json_lines(run.attempts) if line["event"] not in (*SAVES, *_ALWAYS)]
 
 
 def saves(run: RunFolder) -> list[tuple[str, int]]:
