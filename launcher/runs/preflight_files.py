@@ -123,7 +123,7 @@ def no_room(recipe: Recipe, plan: Plan, parent: Path, *, kept: int = 0) -> Itera
         smaller = f"checkpoint.save_total_limit={fits} fits; or " if 1 <= fits < keep else ""
         yield (
             f"output_dir: {parent.absolute()} has {_gib(room)} {what}, and the checkpoints need {_gib(size * count)}: "
-            f"{count} of {_gib(size)} ({keep} kept and one being written); {smaller}set output_dir to a larger file system"
+            f"{count} of {_gib(size)} ({keep} kept and one being written); {smaller}set output_dir to a larger disk"
         )
     files = _FILES_PER_RANK * plan.chosen.candidate.world_size * count + _FILES_OF_A_RUN
     if (inodes := _free_inodes(parent)) is not None and inodes < files:

@@ -77,7 +77,7 @@ def setup(bed: Bed, request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
     dev_cluster("start", **SETTINGS[name])
     for partition in PARTITIONS:
-        root("scontrol", "create", partition)
+        root("scontrol", "create", *partition.split())
     root("scontrol", "update", "nodename=node4", "state=drain", "reason=test")
     if name != ALONE:
         root("sacctmgr", "-i", "modify", "qos", "urgent", "set", "MaxTRES=node=1")
@@ -86,7 +86,7 @@ def setup(bed: Bed, request: pytest.FixtureRequest) -> Iterator[str]:
         root("sacctmgr", "-i", "modify", "qos", "urgent", "set", "MaxTRES=node=-1")
     root("scontrol", "update", "nodename=node4", "state=resume")
     for partition in PARTITIONS:
-        root("scontrol", "delete", partition.split(" ")[0])
+        root("scontrol", "delete", partition.split()[0])
     if name == list(SETTINGS)[-1]:
         dev_cluster("start", **SETTINGS[LAX])
 
