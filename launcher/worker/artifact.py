@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from launcher.errors import JobFailedError, raise_all
 from launcher.facts.fingerprint import model_fingerprint
+from launcher.facts.staged import hub_name
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import PROMPT_METHODS, Recipe
 from launcher.runs.folder import RunFolder
@@ -114,14 +115,16 @@ def _edit(path: Path, **values: Any) -> None:
 def lineage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: RunFolder, data_key: str | None) -> dict[str, Any]:
     """Where an adapter comes from: base, quantization, template, data, recipe and run; no paths of this machine."""
     folder = local_folder(recipe.model)
-    name = recipe.model.name_or_path
+    name, revision = recipe.model.name_or_path, recipe.model.revision
+    if Path(name).is_dir():
+        name, revision = hub_name(Path(name)) or (Path(name).name, revision)
     quantized = recipe.method == "qlora"
     return {
         "schema": 1,
         "run_id": run.run_id,
         "method": recipe.method,
-        "base": Path(name).name if Path(name).is_dir() else name,
-        "base_revision": recipe.model.revision,
+        "base": name,
+        "base_revision": revision,
         "base_fingerprint": model_fingerprint(folder) if folder is not None else None,
         "base_dtype": recipe.train.precision,
         "quantization": dataclasses.asdict(recipe.quantization) if quantized else None,
