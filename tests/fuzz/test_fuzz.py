@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.cli import main
 from launcher.errors import LauncherError, RecipeError
 from launcher.facts import slurm_text
 from launcher.facts.formats import read_examples
@@ -34,11 +36,12 @@ from launcher.runs.remains import slurm_lines
 from launcher.runs.request import JobRequest
 from launcher.runs.sbatch import plain_script, submitit_script
 from launcher.runs.state import judge, read_evidence
+from tests.tiny import make_chat_rows, make_model_dir
 from tests.unit.recipe.material import GOOD
 from tests.unit.runs.material import make_request, make_run
 
 CASES = int(os.environ.get("LAUNCHER_FUZZ_CASES", "70"))
-TARGETS = 7
+TARGETS = 8
 ran: dict[str, int] = {}
 budget = settings(
     max_examples=max(1, -(-CASES // TARGETS)),
@@ -270,6 +273,44 @@ def _report(run: RunFolder, event: Any) -> None:
     path = run.error("42.0", 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_line(event))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project with a model and data, where `sbatch` leaves a mark when it is called."""
+    folder = tmp_path_factory.mktemp("project")
+    make_model_dir(folder / "model")
+    make_chat_rows(folder / "a.jsonl")
+    for name in ("sbatch", "srun", "scontrol", "sinfo", "squeue", "sacct", "sacctmgr"):
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        mark = f"touch {folder}/submitted" if name == "sbatch" else ":"
+        program.write_text(f"#!/bin/sh\n{mark}\nexit 1\n")
+        program.chmod(0o755)
+    before = Path.cwd(), os.environ["PATH"]
+    os.chdir(folder)
+    os.environ["PATH"] = f"{folder}/bin:{before[1]}"
+    yield folder
+    os.chdir(before[0])
+    os.environ["PATH"] = before[1]
+
+
+BROKEN = st.sampled_from(["method", "train.max_steps", "lora.r", "slurm.nodes", "slurm.time", "name", "data.train"])
+
+
+@budget
+@given(BROKEN, TEXT.filter(lambda text: not text.strip().isalnum()), st.lists(TEXT, max_size=2))
+def test_submissions(project: Path, key: str, value: str, words: list[str]) -> None:
+    """`launcher submit` with nonsense on its command line: an exit code and words, no traceback, no call of sbatch."""
+    (project / "r.yaml").write_text(GOOD.replace("some/model", "model"))
+    arguments = ["submit", "r.yaml", f"{key}={value}", *words]
+
+    def submit() -> None:
+        answer = CliRunner().invoke(main, arguments)
+        assert answer.exit_code != 1 and isinstance(answer.exception, SystemExit | None), (arguments, answer.output)
+        assert not (project / "submitted").exists(), arguments
+
+    case("submissions", submit)
 
 
 REQUEST_FIELDS = ("name", "partition", "account", "qos", "constraint", "mem", "gpu_type", "chdir", "run_dir")
