@@ -6,12 +6,14 @@ the next save is due; what fails at the end of an attempt is an error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import JobFailedError
+from launcher.runs.fence import FencedError
 from launcher.runs.folder import RunFolder
 from launcher.worker.checkpoint import Checkpoints, Outcome, Saves
 from launcher.worker.place import Place
@@ -89,7 +91,9 @@ class Saving:
         return {"memory": dataclasses.asdict(memory), **self.extra()}
 
     def _announce(self, step: int) -> None:
-        if self.place.rank == 0:
+        if self.place.rank != 0:
+            return
+        with contextlib.suppress(FencedError):  # the save itself finds a newer attempt, and then all ranks know
             self.folder.record("saving", **self.place.names, step=step)
 
     def _note(self, outcome: Outcome | None) -> None:

@@ -253,8 +253,12 @@ def test_a_stop_whose_save_fails_is_an_error_on_every_rank(ranks: Ranks, worksho
 
 
 def _live_on_after(run_dir: Path, step: int) -> tuple[int, str]:
-    """The life of a rank of attempt old.0; when it has trained `step`, attempt new.1 begins elsewhere."""
+    """The life of a rank of attempt old.0; when it has trained `step`, attempt new.1 begins elsewhere.
+
+    Rank 0's writers glance at the fence every few seconds; alone it would end there first, on a busy machine.
+    """
     import launcher.worker.loop as loop
+    from launcher.runs import fence
     from launcher.runs.pulse import Pulse
     from launcher.worker import main
     from tests.train.ranks import place_of
@@ -267,13 +271,14 @@ def _live_on_after(run_dir: Path, step: int) -> tuple[int, str]:
             claim(folder, "new.1")
 
     loop.Loop._note = note  # type: ignore[method-assign]
+    every_s, fence.GLANCE_S = fence.GLANCE_S, 3600.0
     try:
         train_here(run_dir, "old.0")
     except Exception as error:
         place = place_of(dist.get_rank(), dist.get_world_size(), "old.0")
         return main._failed(folder, place, error, Pulse(None)), str(error)
     finally:
-        loop.Loop._note = trained  # type: ignore[method-assign]
+        loop.Loop._note, fence.GLANCE_S = trained, every_s  # type: ignore[method-assign]
     return 0, ""
 
 
