@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +64,25 @@ def workspace(parent: Path, name: str) -> Iterator[Space]:
         (path / MARK).touch()
     except OSError as error:
         raise ClusterError(f"output_dir: cannot make a folder for the rehearsal in {parent}: {error}") from error
-    yield Space(path=path)
+    with _terminated_like_interrupted():
+        yield Space(path=path)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, such as `timeout` sends, must not leave a job and its folder behind: it ends us as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, _frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_material(planned: Planned, folder: Path, candidate: Candidate) -> dict[str, Any]:
