@@ -15,12 +15,13 @@ from pathlib import Path
 
 from launcher.errors import ClusterError, LauncherError, RecipeError
 from launcher.facts.command import run_slurm
-from launcher.facts.site import site_facts
+from launcher.facts.site import Site, site_facts
 from launcher.facts.train_environment import train_python
 from launcher.recipe.load import load_recipe_with_notices
 from launcher.runs.folder import write_atomic, write_json
 from launcher.runs.preview import prepare_cache
 from launcher.runs.request import bad_characters
+from launcher.runs.sending import clean_environment
 from launcher.runs.status import runs_folder
 from launcher.runs.variables import exported_names, leave_secrets, private_files, read_secrets
 
@@ -43,9 +44,7 @@ def submit(path: Path, overrides: list[str]) -> str:
         raise RecipeError(f"LAUNCHER_RUNS: {str(folder)!r} must not stand in a script; choose a plain path")
     folder.mkdir(mode=0o700, parents=True)
     write_json(folder / "request.json", {"recipe": str(path.resolve()), "overrides": overrides, "cwd": str(Path.cwd())})
-    script = ["#!/bin/bash", *site.setup, f"exec {shlex.quote(train_python(site))} -m launcher.runs.prepare_job "
-              f"{shlex.quote(str(folder))}"]  # fmt: skip
-    write_atomic(folder / "job.sh", "\n".join(script) + "\n")
+    write_atomic(folder / "job.sh", _script(site, folder))
     options = {
         "job-name": f"prepare-{recipe.name}",
         "ntasks": "1",
@@ -59,9 +58,25 @@ def submit(path: Path, overrides: list[str]) -> str:
     }
     named = [f"--{key}={value}" for key, value in options.items() if value]
     leave_secrets(folder)
-    with private_files():
+    with private_files(), clean_environment():
         answer = run_slurm(["sbatch", "--parsable", *named, str(folder / "job.sh")])
     return answer.strip().split(";")[0]
+
+
+def _script(site: Site, folder: Path) -> str:
+    """Fixed lines, the site's own set-up, and two quoted paths of ours."""
+    package = str(Path(__file__).parents[2])
+    words = [train_python(site), "-m", "launcher.runs.prepare_job", str(folder)]
+    lines = [
+        "#!/bin/bash",
+        "umask 077",
+        *(f"module load {module} || exit 1" for module in site.modules),
+        *site.setup,
+        *(f"export {key}={shlex.quote(value)}" for key, value in site.env.items()),
+        f"export PYTHONPATH={shlex.quote(package)}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"exec {shlex.join(words)}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(folder: Path) -> int:
