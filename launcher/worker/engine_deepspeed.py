@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,20 @@ def prepare_deepspeed() -> None:
     if dist.get_backend() == "gloo":
         load_shared_memory_operator()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    _pickle_stages_by_value()
     if dist.get_backend() == "gloo":
         forget_shared_memory()
+
+
+def _pickle_stages_by_value() -> None:
+    """Let the stage in a checkpoint be read without running code, whichever Python wrote it.
+
+    DeepSpeed saves the stage as an enum. Python 3.11.0 to 3.11.3 pickle a member as a call of `getattr`, which a loader
+    of weights alone rightly refuses; by value every version writes the same.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class DeepSpeedEngine:

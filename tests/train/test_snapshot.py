@@ -137,3 +137,18 @@ def test_the_memory_of_this_machine_is_known() -> None:
     """Free is positive and at most all of it."""
     free, total = available_bytes()
     assert 0 < free <= total
+
+
+def test_a_stage_is_pickled_by_value_whichever_python_writes_it():
+    """Python 3.11.2 pickles an enum's member as a call of getattr, which loading weights alone refuses."""
+    import pickle
+    import pickletools
+
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from launcher.worker.engine_deepspeed import _pickle_stages_by_value
+
+    _pickle_stages_by_value()
+    written = pickle.dumps(ZeroStageEnum.weights)
+    assert "getattr" not in {argument for _, argument, _ in pickletools.genops(written)}
+    assert pickle.loads(written) is ZeroStageEnum.weights
