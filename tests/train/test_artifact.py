@@ -219,6 +219,8 @@ def test_artifact_of_an_earlier_attempt_is_replaced(lora: Trained, tmp_path: Pat
 class FakeFailingTokenizer:
     """A tokenizer whose files no longer fit on the disk."""
 
+    chat_template = None
+
     def save_pretrained(self, _: Path) -> None:
         raise OSError("disk full")
 
