@@ -145,7 +145,8 @@ class Disturber(threading.Thread):
 def test_a_rank_that_is_stopped_again_and_again_is_named_and_the_run_goes_on(ranks: Ranks, tmp_path: Path) -> None:
     """SIGSTOP and SIGCONT as on an overloaded node: the heartbeat names rank 1, nothing fails."""
     checkpoint = {"save_minutes": None, "save_steps": None}
-    recipe = make_recipe(tmp_path, method="lora", train={"max_steps": 160}, checkpoint=checkpoint)
+    # Many short steps: on idle cores 160 are over before the first heartbeat that the disturber waits for.
+    recipe = make_recipe(tmp_path, method="lora", train={"max_steps": 1200}, checkpoint=checkpoint)
     run = make_run(recipe, candidate_for(2, 0))
     pid = ranks.run(os.getpid)[1]
     disturber = Disturber(pid, run)
