@@ -21,8 +21,9 @@ def no_accounting(bed: Bed) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def killed(bed: Bed, no_accounting: None) -> RunFolder:
-    """A run whose worker dies without a word, which leaves no result for submitit to find."""
-    return bed.submit(bed.recipe("killed", train={"max_steps": 100_000, "eval_steps": 50_000}))
+    """A run whose worker dies without a word and is not started again."""
+    endless = {"max_steps": 100_000, "eval_steps": 50_000}
+    return bed.submit(bed.recipe("killed", train=endless, slurm={"requeue": False}))
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,10 @@ def test_a_run_completes(bed: Bed, killed: RunFolder, lora: RunFolder) -> None:
 
 
 def test_a_worker_that_dies_without_a_word_is_seen(bed: Bed, killed: RunFolder) -> None:
-    """SIGKILL to the rank: the job's failure is known although no record could be written."""
+    """SIGKILL to the rank and its supervisor: the job's failure is known although neither could write a record."""
     bed.until(lambda: losses(killed), "the first step", killed, limit_s=300)
-    slurm("pkill", "-KILL", "--full", rf"^\S*python\S* -u -m submitit\S* .*{killed.run_id}")  # the rank, not its srun
+    ours = r"^\S*python\S* -u -m launcher\.(runs\.train_job|worker\.main)"  # not their srun
+    slurm("pkill", "-KILL", "--full", rf"{ours} .*{killed.run_id}")
     answer = bed.wait(killed)
     assert answer.code == 8
     assert bed.status(killed)["state"] == "FAILED"
