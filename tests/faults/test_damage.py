@@ -16,6 +16,7 @@ from tests.faults.conftest import Reference
 from tests.faults.gauntlet import check_survival
 from tests.faults.report import Row
 from tests.faults.story import events, story
+from tests.privileges import unavailable
 
 INTERRUPTED = "at=step,rank=1,step=14,do=kill"
 """Two checkpoints are there: of steps 8 and 12."""
@@ -149,7 +150,7 @@ def test_stale_temporaries(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A place for a file system of its own; unmounted afterwards."""
     if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
+        unavailable("mounting takes root")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=False, capture_output=True)
 

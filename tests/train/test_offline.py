@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.hub import FakeHub
+from tests.privileges import unavailable
 from tests.tiny import make_chat_rows, make_model_dir
 
 TOP = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def namespace() -> list[str]:
                 return command
         except FileNotFoundError:
             break
-    pytest.skip("no network namespace can be made here (unshare -n needs root, or unprivileged user namespaces)")
+    return unavailable("no network namespace can be made here (unshare -n needs root, or unprivileged user namespaces)")
 
 
 @pytest.fixture(scope="module")

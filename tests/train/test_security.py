@@ -18,6 +18,7 @@ import yaml
 from launcher.errors import LauncherError
 from launcher.facts.weights import model_folder_problems
 from launcher.worker import rendezvous
+from tests.privileges import unavailable
 from tests.tiny import make_chat_rows, make_model_dir, make_recipe
 from tests.train.ranks import place_of
 
@@ -125,7 +126,7 @@ def test_s16_a_file_with_another_token_or_of_another_attempt_leads_nowhere(tmp_p
 def life(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that succeeds and one that dies of an exception quoting a key, in a network that leads nowhere."""
     if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0:
-        pytest.skip("needs root and network namespaces (unshare --net)")
+        unavailable("needs root and network namespaces (unshare --net)")
     home = tmp_path_factory.mktemp("life")
     make_model_dir(home / "model")
     make_chat_rows(home / "chats.jsonl")

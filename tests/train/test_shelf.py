@@ -18,6 +18,7 @@ from launcher.errors import JobFailedError
 from launcher.runs.fence import Fence, FencedError, claim
 from launcher.runs.folder import RunFolder
 from launcher.worker.checkpoint import Checkpoints, Identity, Outcome
+from tests.privileges import unavailable
 
 
 class FakeEngine:
@@ -201,7 +202,7 @@ def test_what_somebody_else_may_have_put_there_is_not_opened(name: str, tmp_path
     """DeepSpeed unpickles its files: what is not ours alone, with the right hash or without, is not loaded."""
     plant, words = FOREIGN[name]
     if name == "somebody's file" and os.geteuid() != 0:
-        pytest.skip("only root can give files away")
+        unavailable("only root can give files away")
     checkpoints = _checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, FakeEngine(), {})
