@@ -54,6 +54,8 @@ class Partition:
     """Features of its nodes, which `slurm.constraint` can name."""
     nodes_up: int | None = None
     """Nodes that are neither down nor drained now; None = not known. Never in a profile."""
+    nodes_silent: int = 0
+    """Nodes that have not answered the controller yet and are not marked down. Never in a profile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,9 +17,7 @@ from launcher.facts.offer import AccountLimits, Partition, Qos
 from launcher.facts.slurm_text import MIB, gpus, minutes, names, records, rows, seconds, settings, tres, whole, word
 
 _NODE_COLUMNS = "%R|%c|%m|%G|%D|%t|%f"
-_LOST_STATES = frozenset(
-    {"down", "drain", "drng", "drained", "draining", "fail", "failg", "err", "unk", "inval", "n/a"}
-)
+_LOST_STATES = frozenset({"down", "drain", "drng", "drained", "draining", "fail", "failg", "err", "inval", "n/a"})
 """Compact states of sinfo in which a node starts no job and does not come back by itself."""
 _QOS_COLUMNS = (
     *("MaxWall", "MaxJobsPU", "MaxSubmitPU", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES", "MinTRES"),
@@ -117,13 +115,23 @@ def _nodes_of_partitions(listing: str) -> dict[str, dict[str, Any]]:
         if len(more) == 3:
             count, state, features = more
             best["nodes_up"] = best.get("nodes_up", 0) + (whole(count) or 0) * _starts_jobs(state)
+            best["nodes_silent"] = best.get("nodes_silent", 0) + (whole(count) or 0) * _is_silent(state)
             best["features"] = tuple(sorted({*best.get("features", ()), *names(features)}))
     return found
 
 
+_MARKS = "*~#!%$@^-+"
+
+
 def _starts_jobs(state: str) -> bool:
-    """Whether nodes in sinfo's compact state start jobs, now or when theirs have ended; `*`: it does not answer."""
-    return state.rstrip("*~#!%$@^-+") not in _LOST_STATES and not state.endswith("*")
+    """Whether nodes in sinfo's compact state start jobs, now or when theirs have ended."""
+    return state.rstrip(_MARKS) not in _LOST_STATES and not _is_silent(state)
+
+
+def _is_silent(state: str) -> bool:
+    """Whether they have not answered yet, as after a restart of the controller: they are back soon, or marked down."""
+    bare = state.rstrip(_MARKS)
+    return bare not in _LOST_STATES and (bare == "unk" or state.endswith("*"))
 
 
 def user_name() -> str:

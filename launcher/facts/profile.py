@@ -88,7 +88,9 @@ def parse_bytes(text: str) -> int | None:
 
 def _read_table(table: Table, kind: type[Any], problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in fields(kind) if field.name not in ("source", "learned", "nodes_up")]
+    known = [
+        field.name for field in fields(kind) if field.name not in ("source", "learned", "nodes_up", "nodes_silent")
+    ]
     values: dict[str, Any] = {}
     for key, node in table.items.items():
         if key not in known:

@@ -239,7 +239,7 @@ def _impersonal(one: Partition) -> Partition:
 
     lists = ("allow_accounts", "deny_accounts", "allow_groups", "allow_qos", "deny_qos", "features", "gpu_types")
     values: dict[str, Any] = {name: plain(getattr(one, name)) for name in lists}
-    return replace(one, nodes_up=None, **values)
+    return replace(one, nodes_up=None, nodes_silent=0, **values)
 
 
 def _is_personal(name: str) -> bool:

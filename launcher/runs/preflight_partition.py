@@ -57,7 +57,7 @@ def _who(partition: Partition, job: Asked) -> Iterator[str]:
     name = partition.name
     if not partition.up:
         yield f"slurm.partition: {name} does not start jobs now (it is not UP); {_another(job)}"
-    elif partition.nodes_up == 0 and partition.nodes:
+    elif partition.nodes_up == 0 and not partition.nodes_silent and partition.nodes:
         yield (
             f"slurm.partition: all {partition.nodes} nodes of {name} are down or drained, so no job can start there; "
             f"sinfo -R says why; {_another(job)}"

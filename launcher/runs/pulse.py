@@ -1,8 +1,8 @@
 """Pulse: how a rank tells its supervisor that it goes on, through a page of memory that both have mapped.
 
 No lock and no system call: a rank that holds the GIL for ever, or is stopped in the middle of a beat, must not be
-able to hold up the process that watches it. Beats go to two slots in turn and the counter that names the newest slot
-is written last, so a reader never needs the slot that is being written. Light: no torch.
+able to hold up the process that watches it. Beats go to a ring of slots and the counter that names the newest slot is
+written last; a reader that was held up until the ring came round sees it by the counter and looks again. No torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _COUNTER = 1
 """Which 8-byte word of the page holds the number of the newest beat; word 0 is the magic number."""
 _SLOT = struct.Struct("=QqIId")
 """Beat number, step, phase, position, CLOCK_MONOTONIC in seconds."""
-_SLOT_OFFSETS = (64, 128)
+_SLOT_OFFSETS = tuple(range(64, 64 * 9, 64))
+"""Of the ring; one cache line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +116,7 @@ class Pulse:
         if self._page is None or self._words is None:
             return
         beats = self._beats + 1
-        where = _SLOT_OFFSETS[beats % 2]
+        where = _SLOT_OFFSETS[beats % len(_SLOT_OFFSETS)]
         told = (beats, self._step, PHASES.index(self._phase), self._position, time.monotonic())
         _SLOT.pack_into(self._page, where, *told)
         self._words[_COUNTER] = self._beats = beats
@@ -124,12 +125,15 @@ class Pulse:
         """The newest beat; never waits for the rank."""
         if self._page is None or self._words is None:
             return self._last
-        for _ in range(100):  # again only when the rank beat twice during one look
+        for _ in range(100):  # again only when the rank went round the whole ring during one look
             beats = self._words[_COUNTER]
             if beats == 0:
                 break
-            number, step, phase, position, time_s = _SLOT.unpack_from(self._page, _SLOT_OFFSETS[beats % 2])
-            if number == beats and phase < len(PHASES):
+            where = _SLOT_OFFSETS[beats % len(_SLOT_OFFSETS)]
+            number, step, phase, position, time_s = _SLOT.unpack_from(self._page, where)
+            # The slot is written again as of beat `beats + len(_SLOT_OFFSETS)`, which the counter tells only afterwards.
+            overtaken = self._words[_COUNTER] - beats >= len(_SLOT_OFFSETS) - 1
+            if number == beats and not overtaken and phase < len(PHASES):
                 age_s = max(0.0, time.monotonic() - time_s)
                 self._last = PulseReading(phase=PHASES[phase], step=step, position=position, beats=beats, age_s=age_s)
                 return self._last

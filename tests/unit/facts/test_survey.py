@@ -124,6 +124,27 @@ def test_nodes_that_start_no_job_are_counted_out(tools: Path, tmp_path: Path, mo
     assert "nodes_up" not in profile_text(found, "here", "2026-11-22")
 
 
+@pytest.mark.parametrize(
+    ("state", "starts", "silent"),
+    [
+        ("idle", True, False),
+        ("idle*", False, True),
+        ("unk*", False, True),
+        ("down*", False, False),
+        ("idle~", True, False),
+    ],
+)
+def test_nodes_that_have_not_answered_yet_are_not_lost(state: str, starts: bool, silent: bool) -> None:
+    """After a restart of the controller every node is silent for a moment: nothing to refuse a job for."""
+    up, quiet = _counted(f"main|16|64000|gpu:8|4|{state}|(null)")
+    assert (up, quiet) == (4 * starts, 4 * silent)
+
+
+def _counted(listing: str) -> tuple[int, int]:
+    nodes = probe._nodes_of_partitions(listing)["main"]
+    return nodes["nodes_up"], nodes["nodes_silent"]
+
+
 def test_a_site_without_accounting(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """25.11 with (null) plugins: no limits, no failure; what is not known is said, with the way to find out."""
     found = ask(recorded("25.11", tmp_path / "slurm"), tools, monkeypatch)
