@@ -131,7 +131,7 @@ class Pulse:
                 break
             where = _SLOT_OFFSETS[beats % len(_SLOT_OFFSETS)]
             number, step, phase, position, time_s = _SLOT.unpack_from(self._page, where)
-            # The slot is written again as of beat `beats + len(_SLOT_OFFSETS)`, which the counter tells only afterwards.
+            # Beat `beats + len(_SLOT_OFFSETS)` writes this slot again, and the counter tells it only afterwards.
             overtaken = self._words[_COUNTER] - beats >= len(_SLOT_OFFSETS) - 1
             if number == beats and not overtaken and phase < len(PHASES):
                 age_s = max(0.0, time.monotonic() - time_s)
