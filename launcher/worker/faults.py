@@ -50,7 +50,7 @@ ACTIONS = {
     "raise": "an exception that is nobody's fault but the program's",
     "segv": "a segmentation fault",
     "abort": "abort(), as failed assertions in C++ do",
-    "gil": "a C call that keeps Python's lock for an hour",
+    "gil": "a C call that never returns and keeps Python's lock",
     "nan": "the forward pass of this step gives NaN (only at `step`)",
     "sleep:SECONDS": "this rank is late by so many seconds",
     "enospc": "the disk is full",
@@ -218,7 +218,7 @@ def _do(action: str, armed: Armed, model: Any) -> None:
     elif action == "abort":
         os.abort()
     elif action == "gil":
-        ctypes.PyDLL(None).sleep(3600)  # unlike CDLL, PyDLL keeps Python's lock
+        _hold_the_lock()
     elif action == "nan":
         _poison(model)
     elif action == "enospc":
@@ -248,6 +248,13 @@ def _start_ticks(pid: int | str) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
         return None
+
+
+def _hold_the_lock() -> None:
+    """Lock a mutex twice: unlike a sleep, it goes on after the signal that asks for stacks."""
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # PyDLL, unlike CDLL, keeps Python's lock
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
 
 
 def _poison(model: Any) -> None:
