@@ -280,7 +280,7 @@ def decide(diagnosis: Diagnosis, history: History, limits: Limits, *, now_s: flo
         return _stop(spent)
     if cause is Cause.PREEMPTED:
         return Decision(action=Action.WAIT, reason="Slurm puts a preempted job back into the queue")
-    exclude, remark = _exclude(history, limits, math.inf if now_s is None else now_s)
+    exclude, remark = left_out(history, limits, math.inf if now_s is None else now_s)
     budget = f"restart {history.restarts + 1} of {limits.max_restarts}"
     action = Action.FOLLOW_UP if exclude else Action.REQUEUE
     return Decision(action=action, reason=f"{_WHY[cause]}; {budget}{remark}", changes=Changes(exclude=tuple(exclude)))
@@ -347,7 +347,7 @@ def _smaller(history: History, limits: Limits) -> Decision:
     return Decision(action=Action.REQUEUE, reason=reason, changes=Changes(micro_batch=size))
 
 
-def _exclude(history: History, limits: Limits, now_s: float) -> tuple[list[str], str]:
+def left_out(history: History, limits: Limits, now_s: float) -> tuple[list[str], str]:
     """Nodes to leave out, never so many that the job could not start; and a remark where that kept some in."""
     if now_s is math.inf:
         now_s = max((time_s for _, time_s in history.strikes), default=0.0)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import ClusterError, LauncherError, TemporaryError
 from launcher.facts.command import run_command, run_slurm
@@ -74,13 +75,21 @@ def follow_up(request: JobRequest, *, after: str, exclude: tuple[str, ...] = ())
 
 def _following(request: JobRequest, *, after: str, exclude: tuple[str, ...]) -> JobRequest:
     """The request, waiting for `after`, without the nodes to leave out beside those the recipe leaves out."""
-    extra = {key.removeprefix("--").replace("_", "-"): value for key, value in request.extra.items()}
-    extra["dependency"] = f"afterany:{after}"
+    return without_nodes(replace(request, extra={**_words(request), "dependency": f"afterany:{after}"}), exclude)
+
+
+def without_nodes(request: JobRequest, exclude: Sequence[str]) -> JobRequest:
+    """The request without these nodes, beside those the recipe leaves out."""
+    extra = _words(request)
     asked = [name for name in str(extra.get("exclude") or "").split(",") if name]
     left_out = [*asked, *(name for name in exclude if name not in asked)]
     if left_out:
         extra["exclude"] = ",".join(left_out)
     return replace(request, extra=extra)
+
+
+def _words(request: JobRequest) -> dict[str, Any]:
+    return {key.removeprefix("--").replace("_", "-"): value for key, value in request.extra.items()}
 
 
 def _other_job(name: str, after: str) -> str | None:

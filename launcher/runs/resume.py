@@ -32,8 +32,10 @@ from launcher.runs.kept import Kept, kept_checkpoints
 from launcher.runs.living import refuse_living
 from launcher.runs.lock import hold
 from launcher.runs.plan_files import archive, restore, write_plan
+from launcher.runs.policy import History, Limits, left_out
 from launcher.runs.preflight import check
 from launcher.runs.request import JobRequest
+from launcher.runs.requeue import nodes_there, without_nodes
 from launcher.runs.sending import MaybeSubmittedError, Say, silent
 from launcher.runs.state import read_evidence
 from launcher.runs.status import run_status
@@ -144,7 +146,8 @@ def _prepare(run: RunFolder, overrides: Sequence[str]) -> _Prepared:
         step, notices = _start(run)
         notices += drift(run, python_of(site))
         notices += check(recipe, plan, site, run.path.parent, kept=len(kept_checkpoints(run)))
-        request = job_request(plan, recipe, run, site)
+        request, remark = _without_bad_nodes(run, plan, recipe, job_request(plan, recipe, run, site))
+        notices += remark
     worlds = before.chosen.candidate.world_size, plan.chosen.candidate.world_size
     if plan != before:
         notices += [warning.message for warning in plan.warnings if warning not in before.warnings]
@@ -237,6 +240,16 @@ def _start(run: RunFolder) -> tuple[int, list[str]]:
         )
     step = whole.step if whole else 0
     return step, [_loss_words(each, step) for each in damaged if each.step > step]
+
+
+def _without_bad_nodes(run: RunFolder, plan: Plan, recipe: Recipe, request: JobRequest) -> tuple[JobRequest, list[str]]:
+    """The request without the nodes on which the run failed too often lately, as after a failure of its own."""
+    limits = replace(Limits.of(recipe, local=request.cluster == "local"), nodes=plan.chosen.candidate.nodes)
+    history, now_s = History.of(read_evidence(run).events), time.time()
+    if not history.struck(limits, now_s):
+        return request, []
+    out, remark = left_out(history, replace(limits, nodes_there=nodes_there(request.partition)), now_s)
+    return without_nodes(request, out), [f"the job goes on{remark.removeprefix(';').replace(';', ',')}"]
 
 
 def _loss_words(damaged: Kept, step: int) -> str:

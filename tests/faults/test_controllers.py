@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,35 @@ def test_no_accounting(
     run = slurm_bed.inject("lora-noaccounting", f"at=step,rank=1,step=14,do=kill;{SLOW}")
     check_survival(slurm_bed, run, slurm_reference("lora"), row, causes=("rank_killed", FINISHED))
     assert slurm_bed.status(run)["state"] == "COMPLETED"
+
+
+@pytest.fixture
+def forgetful(slurm_bed: FaultBed) -> Iterator[None]:
+    """A controller that forgets jobs two seconds after their end, as a busy site's does after five minutes."""
+    config = Path("/etc/slurm/slurm.conf")
+    before = config.read_text()
+    config.write_text(before + "MinJobAge=2\n")
+    slurm("scontrol", "reconfigure")
+    yield
+    config.write_text(before)
+    slurm("scontrol", "reconfigure")
+
+
+@case("f23_forgotten_by_the_controller")
+def test_purged(_case: None, forgetful: None, slurm_bed: FaultBed, slurm_reference: Reference, row: Row) -> None:
+    """A job the controller has forgotten is what it was: `status` and `why` say the same, and `resume` goes on."""
+    row.fault = "rank 1 killed, no restarts left, and the job purged from slurmctld"
+    run = slurm_bed.inject("lora-purged", f"at=step,rank=1,step=14,do=kill;{SLOW}", slurm={"max_restarts": 0})
+    assert slurm_bed.wait(run).code == 8
+    before = slurm_bed.status(run)["state"]
+    job = json.loads(run.job.read_text())["job_id"]
+    slurm_bed.until(lambda: not known_to_the_controller(job), "the controller forgets the job", run, 300)
+    assert slurm_bed.status(run)["state"] == before
+    assert "killed" in slurm_bed.launcher("why", run.run_id).expect().out
+    slurm_bed.launcher("resume", run.run_id).expect()
+    check_survival(slurm_bed, run, slurm_reference("lora"), row, causes=("rank_killed", FINISHED))
+
+
+def known_to_the_controller(job: str) -> bool:
+    """Whether `scontrol show job` finds it."""
+    return subprocess.run(["scontrol", "show", "job", job], check=False, capture_output=True).returncode == 0

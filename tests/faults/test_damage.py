@@ -215,3 +215,54 @@ def test_slow_steps_do_not_matter(_case: None, local_bed: LocalBed, local_refere
     row.fault = "0.4 s of sleep before every step"
     run = local_bed.inject("lora-slow", SLOW)
     check_survival(local_bed, run, local_reference("lora"), row, causes=("finished",), lost=0)
+
+
+SLOW_CALLS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+
+static void wait_ms(const char *path, long ms) {
+    const char *slow = getenv("SLOW_FOLDER");
+    if (!slow || !path || !strstr(path, slow)) return;
+    struct timespec time = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&time, 0);
+}
+int rename(const char *from, const char *to) {
+    wait_ms(to, 1000);
+    return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+int stat(const char *path, struct stat *into) {
+    wait_ms(path, 20);
+    return ((int (*)(const char *, struct stat *))dlsym(RTLD_NEXT, "stat"))(path, into);
+}
+"""
+"""A shared file system under load, as its clients see it: every rename takes a second, every stat 20 ms."""
+
+
+@pytest.fixture(scope="module")
+def slow_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that slows them down, for LD_PRELOAD."""
+    folder = tmp_path_factory.mktemp("slow")
+    source, library = folder / "slow.c", folder / "slow.so"
+    source.write_text(SLOW_CALLS)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("_case", [pytest.param(None, id="f37_slow_file_system")])
+def test_slow_file_system(
+    _case: None, slow_calls: Path, local_bed: LocalBed, local_reference: Reference, row: Row
+) -> None:
+    """Nobody takes a slow answer for a missing one: the run dies once, goes on, and ends as ever."""
+    row.fault = "every rename in the run folder takes 1 s, every stat 20 ms; rank 1 killed"
+    recipe = local_bed.fault_recipe("lora-slowdisk", checkpoint={"save_steps": SAVE_STEPS * 2})
+    slow = {"LD_PRELOAD": str(slow_calls), "SLOW_FOLDER": "/runs/lora-slowdisk"}
+    run = local_bed.launch(recipe, LAUNCHER_FAULT=INTERRUPTED, **slow)
+    status = local_bed.launcher("status", run.run_id, "--json").expect()
+    assert '"UNKNOWN"' not in status.out
+    causes = ("rank_killed", "finished")
+    check_survival(local_bed, run, local_reference("lora"), row, causes=causes, lost=SAVE_STEPS * 2)

@@ -18,7 +18,7 @@ from launcher.planning.plan import plan_from_json
 from launcher.planning.prepare import plan_recipe
 from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.runs import launching, status
-from launcher.runs.folder import RunFolder, read_json_lines, write_json
+from launcher.runs.folder import RunFolder, append_json_line, read_json_lines, write_json
 from launcher.runs.resume import Finished, Resumed, resume
 from launcher.runs.submission import submit
 from tests.tiny import make_recipe
@@ -107,6 +107,16 @@ def test_a_stopped_run_goes_on_as_another_job(run: RunFolder, fake_slurm: FakeSl
     assert f"--job-name={run.run_id}" in fake_slurm.script
     assert events(run)[-2:] == ["submitting", "submitted"]
     assert status.read_evidence(run).job_id == "42"
+
+
+def test_a_node_that_failed_twice_is_left_out_of_a_resume_by_hand(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """As after a failure of its own accord; a strike more than a day old no longer counts."""
+    for attempt, age_s in (("41.1", 60.0), ("41.2", 30.0)):
+        strike = {"event": "decided", "attempt": attempt, "cause": "crashed", "culprit": "node2", "action": "requeue"}
+        append_json_line(run.attempts, strike | {"time_s": time.time() - age_s})
+    done = resumed(run)
+    assert "#SBATCH --exclude=node2" in fake_slurm.script
+    assert any("without node2 (failed 2 times or more)" in notice for notice in done.notices)
 
 
 def test_a_finished_run_is_left_alone(run: RunFolder, fake_slurm: FakeSlurm) -> None:
