@@ -62,6 +62,7 @@ _LATER: dict[str, tuple[str, str]] = {
     "stage": ("stage", "Bring model and data into the shared cache, verified, so that jobs need no network."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
     "rehearse": ("rehearse", "Run the whole job with a tiny random model on CPU ranks, before the queue."),
+    "trial": ("trial", "Run candidates on your data, stop losers early, and compare what each reached and cost."),
     "why": ("why", "Say why a run waits, failed, stopped or is slow, what shows it, and what helps."),
     "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
 }
@@ -135,12 +136,13 @@ def plan(
     from launcher.errors import DoesNotFitError, UnknownArchitectureError
     from launcher.planning.prepare import plan_recipe
     from launcher.recipe.shipped import find_recipe
+    from launcher.runs.forgetting import with_earlier_runs
 
     refused: DoesNotFitError | None = None
     try:
         planned = plan_recipe(find_recipe(recipe), read_overrides(overrides), objective=objective, ask_queue=ask_queue)
         show_notices(planned.loaded.notices)
-        decided = planned.plan
+        decided = with_earlier_runs(planned).plan
     except DoesNotFitError as error:
         refused, decided = error, error.plan
     except UnknownArchitectureError:
@@ -273,6 +275,7 @@ def submit(
     from launcher.recipe.load import load_recipe
     from launcher.recipe.shipped import find_recipe
     from launcher.runs import launching, submission
+    from launcher.runs.forgetting import with_earlier_runs
     from launcher.runs.preflight_files import check_working_folder
 
     check_working_folder()
@@ -280,7 +283,7 @@ def submit(
     chosen += ["slurm.site=local"] if local else []
     asked = [*read_overrides(overrides), *chosen]
     try:
-        planned = plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue)
+        planned = with_earlier_runs(plan_recipe(find_recipe(recipe), asked, objective=objective, ask_queue=ask_queue))
     except (ClusterError, DoesNotFitError):
         if load_recipe(find_recipe(recipe), asked).slurm.site == "auto":
             launching.refuse_while_away()

@@ -12,6 +12,8 @@ from launcher.planning.plan import LoraNumbers, Warning_
 from launcher.planning.trainable import expert_targets, lora_params
 from launcher.recipe.schema import LORA_METHODS, PROMPT_METHODS, Recipe
 
+_DESTRUCTIVE = 10
+"""Times the advised rate; at 30 the retention loss rises past its limit (tests/train/test_retention.py)."""
 _MANY_TRUNCATED = 0.1
 _MANY_REPEATED = 0.05
 _FEW_ROWS_RANK = 32
@@ -54,6 +56,19 @@ def _rate(linted: Linted) -> Iterator[str]:
         yield f"learning rate {rate:g} is full fine-tuning's; adapters take {LORA_RATES[0]:g} to {LORA_RATES[1]:g}"
     elif method in PROMPT_METHODS and rate < PROMPT_RATE / 20:
         yield f"learning rate {rate:g} is another method's; virtual tokens take about {PROMPT_RATE:g}"
+
+
+def _forgetting(linted: Linted) -> Iterator[str]:
+    """A rate far above the advised one overwrites the base; worse where nothing measures it or holds against it."""
+    rate, data = linted.recipe.train.learning_rate, linted.recipe.data
+    usual = FULL_RATES[1] if linted.method == "full" else LORA_RATES[1]
+    from_scratch = linted.recipe.model.name_or_path.startswith("quickstart/")
+    if isinstance(rate, str) or linted.method in PROMPT_METHODS or rate < _DESTRUCTIVE * usual or from_scratch:
+        return
+    missing = [] if data.measures_retention else ["nothing measures it (data.retention: builtin does)"]
+    missing += ["no general text is mixed into data.train"] if len(data.train) == 1 else []
+    said = "; " + ", and ".join(missing) if missing else ""
+    yield f"learning rate {rate:g} is {rate / usual:.0f} times the advised {usual:g}: the base will be forgotten{said}"
 
 
 def _embeddings(linted: Linted) -> Iterator[str]:
@@ -134,6 +149,7 @@ def _on_experts(model: ModelShape, lora: LoraNumbers) -> str:
 RULES: dict[str, Callable[[Linted], Iterator[str]]] = {
     "rank-too-high-for-data": _rank,
     "lr-from-other-method": _rate,
+    "forgetting": _forgetting,
     "adapters-on-embeddings": _embeddings,
     "no-dropout-small-data": _dropout,
     "no-validation": _validation,

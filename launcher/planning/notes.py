@@ -15,6 +15,8 @@ from launcher.planning.remedies import tokens_that_fit
 from launcher.planning.states import weight_bytes
 from launcher.recipe.schema import AUTO, LORA_METHODS, PROMPT_METHODS
 
+_SAMPLED_TOKENS = 128
+"""Tokens per row of `data.retention: builtin` (worker/retention.py)."""
 _VLLM_RANK = 320
 """Highest rank that vLLM's common builds serve (--max-lora-rank)."""
 _G4_FULL_GB, _G4_ADAPTER_GB, _G4_SMALL_PARAMS = 140, 14, 7e9
@@ -104,9 +106,25 @@ def forgetting(task: Task, chosen: Estimate) -> Iterator[Advice]:
         reason = "the first steps at full rate undo what the base knows; warm up over a few per cent of them"
         yield Advice(rule="R9", field="train.warmup_ratio", value=0.03, reason=reason, source=source)
     risky = chosen.candidate.method == "full" or recipe.task.goal == "knowledge"
-    if risky and recipe.data.retention is None:
-        reason = "the base may forget what these rows do not show: measure it on general text, or mix some in"
-        yield Advice(rule="R9", field="data.retention", value="{path: ...}", reason=reason, source=source)
+    if risky and not recipe.data.measures_retention:
+        reason = "the base may forget what these rows do not show: measure it on text of the base's own, or on yours"
+        yield Advice(rule="R9", field="data.retention", value="builtin", reason=reason, source=source)
+    if risky and len(recipe.data.train) == 1:
+        value = "[..., {path: general.jsonl, weight: 0.1}]"
+        reason = "replay: a share of general text among the rows, set by its weight, keeps what they do not show"
+        yield Advice(rule="R9", field="data.train", value=value, reason=reason, source=source)
+    if recipe.data.retention_builtin and chosen.candidate.offload_param != "none":
+        yield _slow_sample(chosen)
+
+
+def _slow_sample(chosen: Estimate) -> Advice:
+    """One forward pass per token of the sample; a step has one per micro-batch, beside two thirds of other work."""
+    passes_s = _SAMPLED_TOKENS * chosen.step_s.expected / chosen.candidate.gradient_accumulation / 3
+    reason = (
+        f"{_SAMPLED_TOKENS} forward passes with weights from {chosen.candidate.offload_param} before step 0 take about "
+        f"{passes_s / 60:.0f} min; rows of your own ({{path: ...}}) need none"
+    )
+    return Advice(rule="R9", field="data.retention", value="builtin", reason=reason, source=_MEMORY)
 
 
 def retreats(task: Task, chosen: Estimate) -> Iterator[Advice]:

@@ -223,6 +223,8 @@ def _sources(key: str, node: Node, findings: Findings) -> Node:
         return node
     if isinstance(node, Scalar) and not node.quoted and node.text in ("", "null", "~"):
         return node
+    if key == "retention" and isinstance(node, Scalar) and node.text == "builtin":
+        return node
     return _source(node, findings)
 
 

@@ -41,7 +41,7 @@ def build(tree: Table, origin: str, findings: Findings) -> Built:
     from omegaconf import OmegaConf
 
     builder = _Builder(findings)
-    values = builder.section(Recipe, tree, "")
+    values = builder.section(Recipe, _builtin_retention(tree), "")
     for path, meaning in REQUIRED.items():
         if not _get(values, path) and path not in findings.paths:
             findings.refuse(_nearest_place(builder.places, path, origin), f"needed: {meaning}", path=path)
@@ -50,6 +50,18 @@ def build(tree: Table, origin: str, findings: Findings) -> Built:
     if not isinstance(recipe, Recipe):
         raise TypeError(f"OmegaConf made a {type(recipe).__name__} of a recipe")
     return Built(recipe, builder.places)
+
+
+def _builtin_retention(tree: Table) -> Table:
+    """`data.retention: builtin` is a word where rows are expected: it becomes the field that means it."""
+    data = tree.items.get("data")
+    word = data.items.get("retention") if isinstance(data, Table) else None
+    if not isinstance(data, Table) or not isinstance(word, Scalar) or word.text != "builtin":
+        return tree
+    items = {key: node for key, node in data.items.items() if key != "retention"}
+    items["retention_builtin"] = Scalar("true", word.where)
+    places = {**data.places, "retention_builtin": data.place("retention")}
+    return Table({**tree.items, "data": Table(items, data.where, places)}, tree.where, tree.places)
 
 
 @cache

@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[Test, str]] = {
     "prompt.num_virtual_tokens": _COUNT,
     "data.validation.share": _SHARE,
     "data.validation.count": _COUNT,
+    "data.retention_max_rise": _POSITIVE,
     "data.max_seq_length": (lambda x: 8 <= x <= 10_000_000, "8 to 10,000,000 tokens"),
     "train.global_batch_size": _COUNT,
     "train.per_device_train_batch_size": _COUNT,
@@ -180,6 +181,8 @@ class _Checker:
         named += [("data.validation", data.validation.source)] if data.validation.source else []
         for path, source in named:
             self.source(path, source)
+        if data.retention is not None and data.retention_builtin:
+            self.refuse("data.retention_builtin", "data.retention names rows of your own; choose one of both")
 
     def source(self, path: str, source: DataSource) -> None:
         self.choice(f"{path}.format", source.format, FORMATS)

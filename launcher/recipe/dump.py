@@ -30,6 +30,8 @@ RecipeDumper.add_representer(str, _represent_string)
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, sections in the order of the schema."""
     doc = {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    if doc["data"].pop("retention_builtin"):
+        doc["data"]["retention"] = "builtin"
     minutes = recipe.slurm.time
     if isinstance(minutes, int):
         doc["slurm"]["time"] = format_minutes(minutes)

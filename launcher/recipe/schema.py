@@ -108,15 +108,26 @@ class DataSection:
     train: tuple[DataSource, ...]
     validation: ValidationSpec = ValidationSpec(share=0.02)
     retention: DataSource | None = None
-    """Second evaluation set: what the base must not forget."""
+    """Second evaluation set: what the base must not forget; the word `builtin` sets retention_builtin instead."""
+    retention_builtin: bool = False
+    """Take text that the untrained base writes itself; written as `retention: builtin`."""
+    retention_max_rise: float = 0.1
+    """Relative rise of the retention loss past which the run warns."""
     max_seq_length: int = 4096
     """Tokens per row; longer rows are truncated."""
     packing: bool = True
     """Several rows share one sequence, isolated by position_ids."""
     loss_on: str = "assistant"
     """assistant | completion | all."""
+    split_seed: int | None = None
+    """Which rows are held out, and which a fractional weight repeats; None = train.seed."""
     chat_template: str = "tokenizer"
     """"tokenizer", or the path of a .jinja file."""
+
+    @property
+    def measures_retention(self) -> bool:
+        """Whether there is a second evaluation set of either kind."""
+        return self.retention is not None or self.retention_builtin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

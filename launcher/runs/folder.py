@@ -159,6 +159,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def retention(self) -> Path:
+        """Text that the untrained base wrote (data.retention: builtin), one row per line; sampled once."""
+        return self.path / "retention.jsonl"
+
+    @property
     def heartbeat(self) -> Path:
         """What rank 0 is doing now; rewritten atomically."""
         return self.path / "heartbeat.json"
@@ -167,6 +172,11 @@ class RunFolder:
     def result(self) -> Path:
         """Success is this file; never Slurm's word alone."""
         return self.path / "result.json"
+
+    @property
+    def pause(self) -> Path:
+        """{"after_step": N} where the ranks are to save and leave before the end, as in a trial."""
+        return self.path / "pause.json"
 
     @property
     def checkpoints(self) -> Path:

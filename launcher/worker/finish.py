@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from torch import nn
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import Recipe
 from launcher.runs.folder import RunFolder, write_json
-from launcher.worker import faults
+from launcher.worker import faults, forgetting
 from launcher.worker.artifact import verify_artifact, write_artifact
 from launcher.worker.engine import Engine
-from launcher.worker.loop import Loop, Memory
+from launcher.worker.loop import Loop
 from launcher.worker.loss import mean_loss
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
 from launcher.worker.rendezvous import after_rank_zero
+from launcher.worker.table import fingerprint
 
 if TYPE_CHECKING:
     from launcher.worker.data import TokenCache
@@ -49,6 +51,7 @@ class Finish:
     def work(self, loop: Loop, engine: Engine) -> None:
         """Gather, write, verify; result.json last. Collective; ranks other than 0 wait for rank 0."""
         self.progress.state("finishing")
+        peaks = _peaks(loop.device)
         probe = Head(self.tokens.validation or self.tokens.train, PROBE_ROWS)
         expected_loss = loop.evaluate(probe)
         state = engine.full_state()
@@ -71,7 +74,7 @@ class Finish:
         name = f"artifact/{self.folder.run_id}/{self.place.attempt}"
         facts = after_rank_zero(name, write, rank=self.place.rank, timeout_s=ARTIFACT_TIMEOUT_S)
         if self.place.rank == 0:
-            self._result(loop.memory, facts)
+            self._result(loop, facts, peaks)
 
     def _evaluate_alone(self, rows: Head, device: torch.device, model: nn.Module) -> float:
         """Mean loss of a reloaded model, under the autocast that the engine used."""
@@ -81,7 +84,9 @@ class Finish:
         batches = (self.collate([rows.row(n) for n in range(at, min(at + width, len(rows)))]) for at in starts)
         return mean_loss(model, batches, device=device, autocast=autocast)
 
-    def _result(self, memory: Memory, artifact: dict[str, Any]) -> None:
+    def _result(self, loop: Loop, artifact: dict[str, Any], peaks: dict[str, int | None]) -> None:
+        memory, limit = loop.memory, self.recipe.data.retention_max_rise
+        warning = forgetting.warning(memory.step, memory.before, memory.after, limit)
         losses = {
             f"{name}_loss": {"before": memory.before.get(name), "after": memory.after.get(name)}
             for name in ("validation", "retention")
@@ -97,15 +102,31 @@ class Finish:
             "tokens": memory.tokens,
             "train_loss": {"first": memory.first_loss, "last": memory.last_loss},
             **losses,
+            "retention_rise": forgetting.rise(memory.before, memory.after),
+            "warnings": [warning] if warning else [],
+            "data": self._data(loop),
             "artifact": artifact,
             "train_s": memory.train_s,
             "wall_s": time.monotonic() - self.started_s,
+            **peaks,
             "finished_time_s": time.time(),
         }
         self.folder.check()
         write_json(self.folder.result, result)
         self.folder.record("completed", **self.place.names, step=memory.step)
         self.progress.say(f"finished after step {memory.step}: {artifact['path']}")
+
+    def _data(self, loop: Loop) -> dict[str, str | None]:
+        """What was trained and measured on, so that runs on the same rows can be told: key of the cache, and hashes."""
+        held = {name: rows for name, rows in loop.held_out.items() if hasattr(rows, "documents")}
+        hashes: dict[str, str | None] = {f"{name}_sha256": fingerprint(rows.documents()) for name, rows in held.items()}
+        return {"key": self.tokens.key} | hashes
+
+
+def _peaks(device: torch.device) -> dict[str, int | None]:
+    """Most memory that rank 0 held during training: of the device, by torch's allocator, and of the host."""
+    of_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"peak_bytes": of_device, "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 class Head:

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from launcher.errors import JobFailedError
-from launcher.worker import faults
+from launcher.worker import faults, forgetting
 from launcher.worker.loss import IGNORED, sum_over_ranks, trained_tokens
 from launcher.worker.progress import Progress, step_line
 from launcher.worker.stopping import StopFlag
 
 Batch = dict[str, torch.Tensor]
+PAUSED = "paused"
+"""Why a run stopped at the step it was asked to pause after."""
 _VOTES = 7
 """Stop, save, three of a save in the background, tokens read and trained; the ranks' paces follow."""
 
@@ -104,6 +106,9 @@ class Tracks(Protocol):
     def log(self, step: int, **numbers: Any) -> None:
         """Record numbers of a step."""
 
+    def event(self, name: str, **facts: Any) -> None:
+        """Record that something happened."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -130,6 +135,13 @@ class Rhythm:
     eval_steps: int | None
     save_steps: int | None
     save_s: float | None
+    pause_step: int | None = None
+    """Step after which to evaluate, save and leave although there are more; the schedule stays that of all steps."""
+
+    @property
+    def last_step(self) -> int:
+        """Where this attempt ends."""
+        return self.total_steps if self.pause_step is None else min(self.pause_step, self.total_steps)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,6 +162,8 @@ class Memory:
     """Newest loss on each held-out table."""
     evaluated_step: int = -1
     """Step of the newest evaluation."""
+    forgetting: bool = False
+    """Whether the retention loss was past its limit at the newest evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -172,6 +186,8 @@ class Loop:
     stop: StopFlag
     pace: Paces | None = None
     """None: nobody to compare with."""
+    retention_max_rise: float | None = None
+    """Relative rise of the retention loss past which to warn."""
     memory: Memory = field(default_factory=Memory)
     _saved_s: float = field(default_factory=time.monotonic)
     _interval_tokens: int = 0
@@ -183,9 +199,9 @@ class Loop:
         if self.memory.step == 0:
             self._evaluate()
         self._in_state("training")
-        while self.memory.step < self.rhythm.total_steps:
+        while self.memory.step < self.rhythm.last_step:
             stop, save = self._step()
-            done = self.memory.step == self.rhythm.total_steps
+            done = self.memory.step == self.rhythm.last_step
             if self._due(self.rhythm.eval_steps) and not (stop and not done):
                 self._evaluate()
             if stop and not done:
@@ -197,6 +213,9 @@ class Loop:
         self.saving.join()
         if self.memory.evaluated_step != self.memory.step:
             self._evaluate()
+        if self.memory.step < self.rhythm.total_steps:
+            self._save(self.saving.save_last)
+            return PAUSED
         return None
 
     # --- training ------------------------------------------------------------------------------
@@ -295,10 +314,22 @@ class Loop:
         memory.after = {name: self.evaluate(rows) for name, rows in self.held_out.items()}
         if memory.step == 0:
             memory.before = dict(memory.after)
-        self.tracker.log(memory.step, **{f"{name}_loss": loss for name, loss in memory.after.items()})
+        rise = forgetting.rise(memory.before, memory.after)
+        numbers = {f"{name}_loss": loss for name, loss in memory.after.items()}
+        self.tracker.log(memory.step, **numbers, **({} if rise is None else {"retention_rise": rise}))
         told = "  ".join(f"{name} loss {loss:.4f}" for name, loss in memory.after.items())
         self.progress.line(f"step {memory.step}/{self.rhythm.total_steps}  {told}")
+        self._warn_of_forgetting()
         self._in_state("training")
+
+    def _warn_of_forgetting(self) -> None:
+        """Once each time the retention loss passes its limit."""
+        memory, limit = self.memory, self.retention_max_rise
+        found = forgetting.warning(memory.step, memory.before, memory.after, limit) if limit is not None else None
+        if found and not memory.forgetting:
+            self.progress.say(f"warning: {found['message']}")
+            self.tracker.event("warning", **found)
+        memory.forgetting = found is not None
 
     def evaluate(self, rows: Rows) -> float:
         """Mean loss over the trained tokens of all rows, the same on every rank; collective."""

@@ -29,6 +29,7 @@ from launcher.worker.pace import Pace, Stopwatch, Stragglers
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
 from launcher.worker.rendezvous import device_name
+from launcher.worker.retention import sampled_rows
 from launcher.worker.saving import Saving
 from launcher.worker.schedule import learning_rates, total_steps
 from launcher.worker.snapshot import HostMemory
@@ -72,7 +73,7 @@ class Rank:
         self._resume(loop, engine, checkpoints)
         reason = loop.run()
         if reason is not None:
-            self._stopped(reason, loop.memory.step)
+            self._stopped(reason, loop.memory)
             return reason
         finish = Finish(
             folder=self.folder,
@@ -145,7 +146,7 @@ class Rank:
 
     def _loop(self, engine: Engine, checkpoints: Checkpoints, order: Order, device: torch.device, steps: int) -> Loop:
         candidate = self.candidate
-        tables = {"validation": self.tokens.validation, "retention": self.tokens.retention}
+        tables = {"validation": self.tokens.validation, "retention": self._retention(engine)}
         return Loop(
             engine=engine,
             train=self.tokens.train,
@@ -167,6 +168,22 @@ class Rank:
             tracker=self.tracker,
             progress=self.progress,
             stop=self.stop,
+            retention_max_rise=self.recipe.data.retention_max_rise,
+        )
+
+    def _retention(self, engine: Engine) -> Any:
+        """Rows on which forgetting is measured: the user's, or what the base, untrained as it still is, writes."""
+        if not self.recipe.data.retention_builtin:
+            return self.tokens.retention
+        name = f"retention/{self.folder.run_id}/{self.place.attempt}"
+        return sampled_rows(
+            self.folder.retention,
+            engine.module,
+            self.tokenizer,
+            self.candidate,
+            rank=self.place.rank,
+            name=name,
+            alive=self.progress.alive,
         )
 
     def _pace(self, engine: Engine, device: torch.device, hosts: list[str]) -> Pace | None:
@@ -187,6 +204,7 @@ class Rank:
             eval_steps=train.eval_steps if isinstance(train.eval_steps, int) else None,
             save_steps=saving.save_steps,
             save_s=None if saving.save_minutes is None else saving.save_minutes * 60.0,
+            pause_step=self._pause_step(),
         )
 
     def _collate(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
@@ -231,11 +249,20 @@ class Rank:
             self.progress.line(f"checked {self.place.world_size} ranks in {facts['seconds']:.1f} s{speed}")
             self.folder.record("checked", **self.place.names, **facts)
 
-    def _stopped(self, reason: str, step: int) -> None:
+    def _stopped(self, reason: str, memory: Memory) -> None:
         """The ranks agreed to stop and the checkpoint is written; whether the job comes back is not decided here."""
-        self.progress.say(f"stopped after step {step} ({reason}); a checkpoint is there")
+        self.progress.say(f"stopped after step {memory.step} ({reason}); a checkpoint is there")
         if self.place.rank == 0:
-            self.folder.record("stopped", **self.place.names, reason=reason, step=step)
+            facts = {"reason": reason, "step": memory.step, "train_s": memory.train_s, "tokens": memory.tokens}
+            self.folder.record("stopped", **self.place.names, **facts)
+
+    def _pause_step(self) -> int | None:
+        """Where this attempt is to pause, as rank 0 reads it: every rank must leave at the same step."""
+        told: list[int | None] = [None]
+        if self.place.rank == 0 and self.folder.pause.exists():
+            told = [int(json.loads(self.folder.pause.read_text(encoding="utf-8"))["after_step"])]
+        dist.broadcast_object_list(told)
+        return told[0]
 
 
 def _seed(seed: int) -> None:

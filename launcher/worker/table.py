@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,16 @@ class TokenTable:
             return Row(input_ids, labels, None)
         positions = np.concatenate([np.arange(len(part.labels), dtype=np.int32) for part in parts])
         return Row(input_ids, labels, positions)
+
+    def documents(self) -> Iterator[Document]:
+        """Every document of the table, in its order, whatever rows they are packed into."""
+        return (self._store.document(int(number)) for number in self._documents)
+
+
+def fingerprint(documents: Iterable[Document]) -> str:
+    """sha256 over documents, tokens and labels; the same in whatever order and packing."""
+    digests = sorted(hashlib.sha256(one.input_ids.tobytes() + one.labels.tobytes()).digest() for one in documents)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,8 +193,12 @@ def test_r9_what_the_base_may_forget():
     assert one(plan_of(a_recipe(LLAMA_8B, "full")), "R9", "data.retention")
     assert one(plan_of(a_recipe(LLAMA_8B, "lora", task=TaskSection(goal="knowledge"))), "R9", "data.retention")
     assert not said(plan_of(a_recipe(LLAMA_8B, "lora")), "R9")
-    watched = DataSection(train=(DataSource(path="o/r"),), retention=DataSource(path="o/general"))
-    assert not said(plan_of(a_recipe(LLAMA_8B, "full", data=watched)), "R9")
+    replay = (DataSource(path="o/r"), DataSource(path="o/general", weight=0.1))
+    for watched in ({"retention": DataSource(path="o/general")}, {"retention_builtin": True}):
+        data = DataSection(train=replay, **watched)
+        assert not said(plan_of(a_recipe(LLAMA_8B, "full", data=data)), "R9")
+        alone = DataSection(train=replay[:1], **watched)
+        assert "weight" in one(plan_of(a_recipe(LLAMA_8B, "full", data=alone)), "R9", "data.train").value
     cold = a_recipe(LLAMA_8B, "lora", train=TrainSection(global_batch_size=64, warmup_ratio=0.0))
     assert one(plan_of(cold), "R9", "train.warmup_ratio").value == 0.03
 

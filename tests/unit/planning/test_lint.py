@@ -31,6 +31,10 @@ CASES = {
         (rate(1e-5, "lora"), DATA, rate(2e-4, "lora"), DATA, "1e-05 is full fine-tuning's"),
         (rate(1e-4, "prompt"), DATA, rate(1e-2, "prompt"), DATA, "virtual tokens take about 0.01"),
     ],
+    "forgetting": [
+        (rate(3e-4, "full"), DATA, rate(1e-5, "full"), DATA, "30 times the advised 1e-05"),
+        (rate(9e-3, "lora"), DATA, rate(2e-4, "lora"), DATA, "no general text is mixed into data.train"),
+    ],
     "adapters-on-embeddings": [
         (lora(target_modules=("q_proj", "lm_head")), DATA, lora(target_modules=("q_proj",)), DATA, "adapters on lm_h"),
     ],

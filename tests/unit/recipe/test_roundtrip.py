@@ -6,10 +6,12 @@ import dataclasses
 import math
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.errors import RecipeError
 from launcher.recipe.checks import CHOICES
 from launcher.recipe.forbidden import control_character, is_secret
 from launcher.recipe.load import recipe_from_text, recipe_to_yaml
@@ -88,6 +90,7 @@ recipes = st.builds(
         train=st.lists(sources, min_size=1, max_size=3).map(tuple),
         validation=validations,
         retention=st.none() | sources,
+        retention_max_rise=positive,
         packing=st.booleans(),
         loss_on=choice("data.loss_on"),
         chat_template=words,
@@ -117,6 +120,21 @@ def test_any_recipe_survives_being_written_and_read(recipe: Recipe) -> None:
     assert recipe_from_text(recipe_to_yaml(recipe), "again.yaml").recipe == recipe
 
 
+def test_the_builtin_retention_set_is_one_word() -> None:
+    """It is written and read as `retention: builtin`, replaces and is replaced by rows, and both at once are refused."""
+    text = "name: demo\nmodel: m/m\ndata: {train: a.jsonl, retention: builtin}\n"
+    recipe = recipe_from_text(text, "r.yaml").recipe
+    assert (recipe.data.retention_builtin, recipe.data.retention) == (True, None)
+    written = recipe_to_yaml(recipe)
+    assert "  retention: builtin\n" in written
+    assert recipe_from_text(written, "again.yaml").recipe == recipe
+    own = recipe_from_text(text, "r.yaml", ["data.retention={path: own.jsonl}"]).recipe
+    assert own.data.retention is not None and not own.data.retention_builtin
+    assert recipe_from_text(recipe_to_yaml(own), "own.yaml", ["data.retention=builtin"]).recipe.data.retention_builtin
+    with pytest.raises(RecipeError, match="choose one of both"):
+        recipe_from_text(text.replace("builtin", "own.jsonl"), "r.yaml", ["data.retention_builtin=true"])
+
+
 def test_other_yaml_readers_see_the_same_values() -> None:
     """Strings that YAML 1.1 would take for times or booleans are quoted."""
     recipe = Recipe(
@@ -136,5 +154,6 @@ def test_every_field_is_written() -> None:
     for field in dataclasses.fields(Recipe):
         section = getattr(recipe, field.name)
         if dataclasses.is_dataclass(section):
-            assert set(written[field.name]) == {inner.name for inner in dataclasses.fields(section)}
+            fields = {inner.name for inner in dataclasses.fields(section)} - {"retention_builtin"}
+            assert set(written[field.name]) == fields, "retention_builtin is written as `retention: builtin`"
     assert math.isclose(written["data"]["validation"], 0.02)
