@@ -26,6 +26,8 @@ from launcher.runs.view import JobView
 
 __all__ = ["Attempt", "Cause", "Diagnosis", "diagnose", "newest_attempt"]
 
+PAUSED = "paused"
+"""What a worker gives as reason where it left at the step of pause.json."""
 SIGNAL_MAY_BE_EARLY_S = 90.0
 """Slurm sends the warning up to 60 s before it is due; and a save takes a while."""
 
@@ -174,6 +176,9 @@ class _Case:
             return
         why = self._slurm_word()
         step, reason = event.get("step"), event.get("reason")
+        if reason == PAUSED:  # whatever Slurm does to the job meanwhile: its ranks have done what they were asked for
+            yield _found(Cause.STOPPED, f"paused after step {step}, as asked", where=str(self.evidence.run.attempts))
+            return
         saved = f"; the ranks saved after step {step} and left"
         if why is not None:
             cause, words, line = why

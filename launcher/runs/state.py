@@ -285,7 +285,7 @@ def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: s
     if evidence.cancelled or word == "CANCELLED":
         word, why, reason = "CANCELLED", "was cancelled", None
     elif stopped and word == "COMPLETED":
-        word, why = "STOPPED", f"was told to stop ({stopped.get('reason')}), saved and left"
+        word, why = "STOPPED", _stopped_words(stopped)
     elif word == "COMPLETED":
         word, why = "FAILED", _failure_words(evidence)
     else:
@@ -300,6 +300,12 @@ def _ended(evidence: Evidence, word: str, *, reason: str | None = None, nodes: s
         reason=reason,
         nodes=nodes,
     )
+
+
+def _stopped_words(stopped: Mapping[str, Any]) -> str:
+    if stopped.get("reason") == "paused":
+        return f"paused after step {stopped.get('step')}, as asked"
+    return f"was told to stop ({stopped.get('reason')}), saved and left"
 
 
 def _failure_words(evidence: Evidence) -> str:

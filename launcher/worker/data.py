@@ -127,7 +127,7 @@ def open_token_cache(
 
 def _handoff(recipe: Recipe, candidate: Candidate, cache_dir: Path, scope: str) -> Handoff:
     """Where rank 0 of this attempt says how it went; named without looking at the data."""
-    asked = [asdict(recipe.data), recipe.train.seed, recipe.model.name_or_path, _shape(candidate), scope]
+    asked = [asdict(recipe.data), _split_seed(recipe), recipe.model.name_or_path, _shape(candidate), scope]
     return Handoff(cache_dir, _digest(asked))
 
 
@@ -169,7 +169,7 @@ def _key(recipe: Recipe, candidate: Candidate, tokenizer: PreTrainedTokenizerBas
             [[sources.fingerprint(source), source.split, source.format, source.weight] for source in sources.all],
             [recipe.data.validation.share, recipe.data.validation.count, len(recipe.data.train)],
             [recipe.data.validation.source is not None, recipe.data.retention is not None],
-            [recipe.data.loss_on, recipe.train.seed, _shape(candidate)],
+            [recipe.data.loss_on, _split_seed(recipe), _shape(candidate)],
             [_digest(backend), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())],
         ]
     )
@@ -234,7 +234,7 @@ def _write(
     }
     store.close()
     kept, held = _hold_out(train, recipe)
-    weighted = _weigh(kept, [source.weight for source in sources.train], recipe.train.seed)
+    weighted = _weigh(kept, [source.weight for source in sources.train], _split_seed(recipe))
     tables = {"train": weighted, "validation": held} | others
     tables = {name: rows for name, rows in tables.items() if rows}
     _notice_overlap(tables, store, tally)
@@ -283,7 +283,7 @@ def _hold_out(train: Sequence[Rows], recipe: Recipe) -> tuple[list[Rows], Rows]:
         return list(train), []
     total = sum(len(rows) for rows in train)
     held = held_out_rows(recipe.data.validation, total)
-    chosen = set(_random(recipe.train.seed, _SPLIT_STREAM).permutation(total)[:held].tolist())
+    chosen = set(_random(_split_seed(recipe), _SPLIT_STREAM).permutation(total)[:held].tolist())
     numbers = itertools.count()
     kept: list[Rows] = []
     out: Rows = []
@@ -292,6 +292,11 @@ def _hold_out(train: Sequence[Rows], recipe: Recipe) -> tuple[list[Rows], Rows]:
         for row in rows:
             (out if next(numbers) in chosen else kept[-1]).append(row)
     return kept, out
+
+
+def _split_seed(recipe: Recipe) -> int:
+    """Runs that differ in train.seed alone are compared on the same held-out rows where data.split_seed says so."""
+    return recipe.train.seed if recipe.data.split_seed is None else recipe.data.split_seed
 
 
 def _weigh(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> Rows:

@@ -1,0 +1,142 @@
+"""A trial on a terminal: its candidates before, its table after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.runs.trial import Asked, Planned
+from launcher.runs.trial_rungs import kept, rung_steps
+from launcher.runs.trial_table import Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_GIB = 2**30
+_FILE_WIDTH = 400
+
+
+def print_candidates(planned: Planned, asked: Asked, *, console: Console | None = None) -> None:
+    """What a trial would run and what it would cost at most."""
+    out = console or _console()
+    table = _new_table(("CANDIDATE", "METHOD"), ("RANK", "LR", "TRAINS", "STEPS", "TIME", "GPU-HOURS", "PEAK"))
+    for each in planned.running:
+        table.add_row(
+            each.name, each.method, _text(each.lora_r), f"{each.learning_rate:.3g}", f"{each.trainable_params:,}",
+            str(each.steps), duration(each.wall_s), f"{each.gpu_hours:.3g}" if each.gpu_hours else "",
+            f"{each.peak_bytes / _GIB:.2f} GiB",
+        )  # fmt: skip
+    out.print(table)
+    for each in planned.candidates:
+        if each.rejected:
+            out.print(f"not in it: {each.name}: {each.rejected}")
+    out.print(_rungs_words(planned, asked))
+    out.print(_cost_words(planned))
+
+
+def _cost_words(planned: Planned) -> str:
+    hours, price = planned.most_gpu_hours, planned.recipe.budget.gpu_hour_price
+    if not hours:
+        return f"at most {duration(planned.most_device_hours * 3600)} on a node (predicted)"
+    money = f", {hours * price:,.2f} at {price:g} per GPU-hour" if price else ""
+    return f"at most {hours:.3g} GPU-hours{money} (predicted)"
+
+
+def _rungs_words(planned: Planned, asked: Asked) -> str:
+    steps, left, parts = max(each.steps for each in planned.running), len(planned.running), []
+    for share, at in zip(asked.shares, rung_steps(asked.shares, steps), strict=True):
+        parts.append(f"{left} to step {at} ({share})")
+        left = kept(left)
+    seeds = f", each with seeds {', '.join(map(str, planned.seeds))}" if len(planned.seeds) > 1 else ""
+    return f"rungs: {', '.join(parts)}{seeds}"
+
+
+def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Console | None = None) -> None:
+    """The table, and what may be said of it."""
+    out = console or _console()
+    forgetting = any(row.retention_change is not None for row in told)
+    gpus, money = any(row.gpu_hours for row in told), any(row.cost is not None for row in told)
+    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["FORGETS"] if forgetting else []), "TRAIN", "WALL"]
+    right += ["GPU-HOURS" if gpus else "NODE-HOURS", *(["COST"] if money else []), "PEAK", "WEIGHTS", "TOKENS"]
+    table = _new_table(("CANDIDATE", "METHOD", "STATUS"), right)
+    for row in told:
+        if row.status != "rejected":
+            table.add_row(*_cells(row, forgetting=forgetting, money=money))
+    out.print(table)
+    for row in told:
+        if row.why:
+            out.print(f"{row.candidate}: {row.status}: {row.why}")
+    for line in verdict(document, told):
+        out.print(line)
+
+
+def _cells(row: Row, *, forgetting: bool, money: bool) -> list[str]:
+    status = f"stopped at {row.steps}" if row.status == "stopped" else row.status
+    cells = [row.candidate, row.method, status, _text(row.lora_r), f"{row.learning_rate:.3g}"]
+    cells += [f"{row.steps}/{row.of_steps}", _float(row.validation_loss, ".4f")]
+    cells += [_float(row.spread, ".4f"), _float(row.perplexity, ".3f")]
+    cells += [_float(row.retention_change, "+.4f")] if forgetting else []
+    cells += [_seconds(row.train_s), _seconds(row.wall_s), _float(row.device_hours, ".3g")]
+    cells += [_float(row.cost, ".2f")] if money else []
+    cells += [_bytes(row.peak_bytes, _GIB, "GiB"), _bytes(row.artifact_bytes, 1e6, "MB")]
+    return [*cells, "" if row.tokens is None else f"{row.tokens:,}"]
+
+
+def verdict(document: dict[str, Any], told: Sequence[Row]) -> list[str]:
+    """What the table allows to be said, in sentences."""
+    if document["state"] != "finished":
+        return [f"rung {document['rung']} of {len(document['rungs'])} is not done"]
+    if not document["ties"]:
+        return []
+    best, noise = document["ties"][0], document["smallest_difference"]
+    if noise is None:
+        return [f"best measured: {best}; one seed, so how much of it is chance is not known (--seeds 3 measures it)"]
+    if len(document["ties"]) > 1:
+        return [f"a tie: {', '.join(document['ties'])}; differences below {noise:.4f} are seed-to-seed noise (95 %)"]
+    finished = sum(row.status == "finished" for row in told)
+    alone = f"by more than seed-to-seed noise ({noise:.4f}, 95 %)" if finished > 1 else "the only one that finished"
+    return [f"best: {best}, {alone}"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _new_table(left: Sequence[str], right: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _float(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else duration(value)
+
+
+def _bytes(value: int | None, unit: float, name: str) -> str:
+    return "" if value is None else f"{value / unit:.2f} {name}"
