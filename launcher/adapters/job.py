@@ -28,10 +28,24 @@ def _export_checkpoint(request: dict[str, Any]) -> dict[str, Any]:
     return export_checkpoint(request)
 
 
+def _combine(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.combine import combine
+
+    return combine(request)
+
+
+def _reduce(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.reduce import reduce
+
+    return reduce(request)
+
+
 ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "merge": _merge,
     "export": _export,
     "export_checkpoint": _export_checkpoint,
+    "combine": _combine,
+    "reduce": _reduce,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import torch
 from launcher.adapters.card import model_card
 from launcher.adapters.lineage import read_adapter, refuse_other_base
 from launcher.adapters.proof import prove
-from launcher.adapters.shards import DTYPES, copy_settings, make_merging, write_merged
+from launcher.adapters.shards import DTYPES, copy_settings, make_merging, open_up, write_merged
 from launcher.adapters.whole import merge_whole
 from launcher.errors import ConflictError
 
@@ -46,21 +45,12 @@ def merge(request: dict[str, Any]) -> dict[str, Any]:
             proof = prove(merging, base, temporary, memory_bytes=request.get("proof_bytes"))
         facts = {"merged matrices": changed, f"largest difference of {proof['compared']}": f"{proof['difference']:.1e}"}
         (temporary / "README.md").write_text(model_card(opened, facts, merged=True), encoding="utf-8")
-        _open_up(temporary)
+        open_up(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return {"path": str(target), "matrices": changed, "proof": proof, "bytes": _bytes(target)}
-
-
-def _open_up(folder: Path) -> None:
-    """Modes by the user's umask: temporary folders and safetensors files are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
 
 
 def _bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ The arithmetic of each matrix is PEFT's own layer's, so that DoRA, rank-stabilis
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def write_merged(merging: Merging, base: Path, target: Path, say: Callable[[str]
 
 
 _COPIED = ("config.json", "generation_config.json")
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -215,7 +216,7 @@ def copy_settings(base: Path, adapter: Path, target: Path, dtype: torch.dtype | 
     for name in _COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
-    for name in _TOKENIZER:
+    for name in TOKENIZER:
         source = next((folder / name for folder in (adapter, base) if (folder / name).is_file()), None)
         if source is not None:
             shutil.copyfile(source, target / name)
@@ -224,3 +225,12 @@ def copy_settings(base: Path, adapter: Path, target: Path, dtype: torch.dtype | 
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def open_up(folder: Path) -> None:
+    """Modes by the user's umask: temporary folders and safetensors files are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConflictError, JobFailedError, ModelError, RecipeError
+from launcher.errors import ConflictError, JobFailedError, ModelError, RecipeError, raise_all
+from launcher.facts.adapters import not_combinable, not_plain_lora, read_adapter_facts
 from launcher.facts.train_environment import ask, train_python
 from launcher.recipe.load import load_recipe
 from launcher.runs.folder import RunFolder
+from launcher.runs.registry import run_of
 from launcher.runs.status import find_run
 
 MODULE = "launcher.adapters.job"
@@ -18,7 +22,7 @@ _TIMEOUT_S = 12 * 3600.0
 
 
 def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None]:
-    """The adapter folder a user means: an adapter folder, or a run that has one.
+    """The adapter folder a user means: an adapter folder, or a run that has one, by its name or its adapter's tag.
 
     Raises:
         RecipeError: neither, or a run of full fine-tuning, which has a model and no adapter.
@@ -27,7 +31,7 @@ def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
         return path.resolve(), None
-    run = find_run(name, parent)
+    run = find_run(run_of(name, parent), parent)
     if (run.adapter / "adapter_config.json").is_file():
         return run.adapter, run
     if run.model.is_dir():
@@ -118,6 +122,116 @@ def export_request(
         "name": served_name or (run.run_id if run else adapter.name),
         "trust_base": trust_base,
     }
+
+
+def combine_request(
+    names: Sequence[str],
+    parent: Path | None,
+    *,
+    weights: Sequence[float],
+    how: str,
+    target: Path,
+    density: float | None = None,
+    majority: str = "total",
+    rank: int | None = None,
+    seed: int = 0,
+    trust_base: bool = False,
+) -> dict[str, Any]:
+    """What is asked of the train environment; everything that can be refused without it is.
+
+    Raises:
+        RecipeError: fewer than two adapters, settings that the way does not take, or adapters that do not go together.
+        JobFailedError: a run has no adapter yet. ConflictError: the target exists.
+    """
+    folders = [find_adapter(name, parent)[0] for name in names]
+    facts = [read_adapter_facts(folder) for folder in folders]
+    raise_all(
+        RecipeError,
+        [
+            *_combine_settings(len(names), weights, how, density, rank),
+            *not_combinable(facts, how, trust_base=trust_base),
+        ],
+    )
+    _free(target)
+    return {
+        "ask": "combine",
+        "adapters": [str(folder) for folder in folders],
+        "weights": list(weights),
+        "how": how,
+        "density": density,
+        "majority": majority,
+        "rank": rank,
+        "seed": seed,
+        "trust_base": trust_base,
+        "target": str(target.expanduser().resolve()),
+    }
+
+
+def _combine_settings(
+    adapters: int, weights: Sequence[float], how: str, density: float | None, rank: int | None
+) -> Iterator[str]:
+    if adapters < 2:
+        yield f"{adapters} adapter named; combining takes two or more (launcher adapters reduce takes one)"
+    if len(weights) != adapters:
+        yield f"--weights: {len(weights)} numbers for {adapters} adapters; give one each, such as --weights 0.7,0.3"
+    if not all(math.isfinite(weight) and weight for weight in weights):
+        yield "--weights: every weight is a number other than 0"
+    prunes = how not in ("linear", "cat", "svd")
+    if prunes and density is None:
+        yield f"--how {how} drops numbers and needs --density: the share to keep, such as 0.5"
+    if not prunes and density is not None:
+        yield f"--density: {how} drops nothing; leave it out, or choose ties or a dare form"
+    if density is not None and not 0 < density <= 1:
+        yield f"--density: {density:g} is no share above 0 and up to 1"
+    if rank is not None and (rank < 1 or not how.endswith("svd")):
+        yield f"--rank: {rank} with --how {how}; a rank of 1 or more is for the svd forms, the others keep or add ranks"
+
+
+def reduce_request(
+    name: str,
+    parent: Path | None,
+    *,
+    rank: int,
+    target: Path,
+    prove: bool = False,
+    base: Path | None = None,
+    trust_base: bool = False,
+) -> dict[str, Any]:
+    """What is asked of the train environment; the base only where the difference of logits is wanted.
+
+    Raises:
+        RecipeError: no adapter that can be reduced to `rank`. JobFailedError: the run has none yet.
+        ModelError: the base is not here. ConflictError: the target exists.
+    """
+    folder, _ = find_adapter(name, parent)
+    facts = read_adapter_facts(folder)
+    problems = not_plain_lora(facts)
+    if rank >= facts.rank and not problems:
+        problems.append(f"--rank: {rank} is no reduction, {facts.name} has rank {facts.rank}; ask for less")
+    raise_all(RecipeError, problems)
+    _free(target)
+    return {
+        "ask": "reduce",
+        "adapter": str(folder),
+        "rank": rank,
+        "base": str(base_folder(folder, base)) if prove or base else None,
+        "trust_base": trust_base,
+        "target": str(target.expanduser().resolve()),
+    }
+
+
+def _free(target: Path) -> None:
+    if target.expanduser().exists():
+        raise ConflictError(f"{target} exists already; name another folder with --to, or move it away")
+
+
+def derive(request: dict[str, Any]) -> dict[str, Any]:
+    """Combine or reduce; returns where the adapter is and what is known of it.
+
+    Raises:
+        LauncherError: what the train environment found.
+    """
+    return ask(MODULE, request, python=train_python(), verb="adapters", timeout_s=_TIMEOUT_S)
 
 
 def checkpoint_request(

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConflictError, RecipeError
+from launcher.facts.adapters import CONFIG, LINEAGE, WEIGHTS, made_in_words, read_header
 from launcher.runs.folder import RunFolder, write_json
 from launcher.runs.lock import hold
 from launcher.runs.status import find_run, runs_folder
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_WEIGHTS = "adapter_model.safetensors"
-_HEADER_LIMIT_BYTES = 100_000_000
-"""What safetensors itself allows a header to be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +36,18 @@ class Entry:
     base_revision: str | None
     base_fingerprint: str | None
     data_key: str | None
+    made: str | None
+    """How it was made of other adapters; None: it was trained."""
     bytes: int
     step: int | None
     validation_loss: float | None
     retention_loss: float | None
     finished_time_s: float | None
+
+    @property
+    def is_of_run(self) -> bool:
+        """Not a folder that was named by its path."""
+        return Path(self.run).name == self.run
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,22 +58,30 @@ def list_adapters(parent: Path | None = None) -> list[Entry]:
     """Every adapter of finished runs, newest first."""
     folder = runs_folder(parent)
     named = _tags(folder)
-    found = [_entry(RunFolder(path.parent.parent.resolve()), named) for path in folder.glob(f"*/adapter/{_WEIGHTS}")]
+    found = [_entry(RunFolder(path.parent.parent.resolve()), named) for path in folder.glob(f"*/adapter/{WEIGHTS}")]
     return sorted(found, key=lambda one: -(one.finished_time_s or 0.0))
 
 
 def find_entry(name: str, parent: Path | None = None) -> Entry:
-    """The adapter of a run, or of a tag.
+    """The adapter of a run, of a tag, or in a folder (combined, reduced, or of another tool).
 
     Raises:
         RecipeError: no such run or tag, or a run without an adapter.
     """
+    alone = Path(name).expanduser()
+    if (alone / CONFIG).is_file() and (alone / WEIGHTS).is_file():
+        return _of_folder(alone.resolve(), str(alone), (), {})
     folder = runs_folder(parent)
     named = _tags(folder)
-    run = find_run(named.get(name, name), parent)
-    if not (run.adapter / _WEIGHTS).is_file():
+    run = find_run(run_of(name, parent), parent)
+    if not (run.adapter / WEIGHTS).is_file():
         raise RecipeError(f"{run.run_id} has no adapter (launcher status {run.run_id} says why)")
     return _entry(run, named)
+
+
+def run_of(name: str, parent: Path | None = None) -> str:
+    """The run whose adapter was given this name; other names as they are."""
+    return _tags(runs_folder(parent)).get(name, name)
 
 
 def tag(name: str, label: str, parent: Path | None = None, *, move: bool = False) -> Entry:
@@ -81,6 +94,8 @@ def tag(name: str, label: str, parent: Path | None = None, *, move: bool = False
     if not _TAG.fullmatch(label):
         raise RecipeError(f"tag {label!r}: letters, digits, dot, dash and underscore, at most 63, first no sign")
     entry = find_entry(name, parent)
+    if not entry.is_of_run:
+        raise RecipeError(f"{entry.path}: a tag names the adapter of a run; a folder has its own name")
     folder = runs_folder(parent)
     with hold(RunFolder(Path(entry.path).parent), "tag"):
         named = _tags(folder)
@@ -117,16 +132,17 @@ def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
-    config, told, result = (
-        _json(run.adapter / "adapter_config.json"),
-        _lineage(run.adapter / _WEIGHTS),
-        _json(run.result),
-    )
+    tags = tuple(sorted(label for label, target in named.items() if target == run.run_id))
+    return _of_folder(run.adapter, run.run_id, tags, _json(run.result))
+
+
+def _of_folder(folder: Path, name: str, tags: tuple[str, ...], result: dict[str, Any]) -> Entry:
+    config, told = _json(folder / CONFIG), _lineage(folder / WEIGHTS)
     targets = config.get("target_modules") or ()
     return Entry(
-        run=run.run_id,
-        path=str(run.adapter),
-        tags=tuple(sorted(label for label, target in named.items() if target == run.run_id)),
+        run=name,
+        path=str(folder),
+        tags=tags,
         method=told.get("method") or config.get("peft_type"),
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -135,7 +151,8 @@ def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
         base_revision=told.get("base_revision"),
         base_fingerprint=told.get("base_fingerprint"),
         data_key=told.get("data_key"),
-        bytes=sum(path.stat().st_size for path in run.adapter.iterdir() if path.is_file()),
+        made=_made(told.get("made")),
+        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         step=result.get("step"),
         validation_loss=(result.get("validation_loss") or {}).get("after"),
         retention_loss=(result.get("retention_loss") or {}).get("after"),
@@ -143,13 +160,18 @@ def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
     )
 
 
+def _made(told: Any) -> str | None:
+    """In words; None for an adapter that was trained, or whose lineage is not ours."""
+    try:
+        return made_in_words(told) if told else None
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
 def _lineage(path: Path) -> dict[str, Any]:
     """The lineage in a safetensors header; {} where there is none."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= _HEADER_LIMIT_BYTES else {}
-        told = json.loads(header.get("__metadata__", {}).get("launcher.lineage", "{}"))
+        told = json.loads(read_header(path).get("__metadata__", {}).get(LINEAGE, "{}"))
     except (OSError, ValueError, AttributeError):
         return {}
     return told if isinstance(told, dict) else {}

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.verbs.arguments import json_flag, print_json, run_argument, runs_option
+from launcher.facts.adapters import WAYS
+from launcher.verbs.arguments import json_flag, print_json, run_argument, runs_option, show_notices
 
 if TYPE_CHECKING:
     from launcher.runs.registry import Entry
+
+_MOST_LOST = 5
+"""Modules shown on a terminal; --json has all."""
+target_option = click.option(
+    "--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything that needs no weights; write nothing.")
+
+
+def read_weights(_context: click.Context, _option: click.Parameter, value: str) -> list[float]:
+    """`0.7,0.3` as numbers.
+
+    Raises:
+        click.BadParameter: a part is no number.
+    """
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.7,0.3") from error
 
 
 @click.group(name="adapters", invoke_without_command=True)
@@ -18,7 +38,7 @@ if TYPE_CHECKING:
 @runs_option
 @click.pass_context
 def command(context: click.Context, as_json: bool, parent: Path | None) -> None:
-    """List the adapters of finished runs; tag and diff them."""
+    """List the adapters of finished runs; tag, diff, combine and reduce them."""
     if context.invoked_subcommand is not None:
         return
     from launcher.runs.registry import list_adapters
@@ -31,7 +51,10 @@ def command(context: click.Context, as_json: bool, parent: Path | None) -> None:
         click.echo("no adapters here; a finished LoRA run leaves one", err=True)
         return
     _table(found)
-    click.echo("Next: launcher adapters diff ONE OTHER · launcher adapters tag RUN NAME", err=True)
+    click.echo(
+        "Next: launcher adapters diff ONE OTHER · launcher adapters combine ONE OTHER --weights 0.5,0.5 --to DIR",
+        err=True,
+    )
 
 
 def _table(found: list[Entry]) -> None:
@@ -85,3 +108,84 @@ def diff_adapters(one: str, other: str, as_json: bool, parent: Path | None) -> N
         click.echo(f"{key:28}  {a!s:32.32}  {b!s:.60}")
     if not found:
         click.echo("nothing differs")
+
+
+@command.command(name="combine")
+@click.argument("adapters", nargs=-1, required=True)
+@click.option("--weights", required=True, callback=read_weights, help="One number each, by commas: 0.7,0.3.")
+@click.option("--how", type=click.Choice(WAYS), default="linear", show_default=True, help="PEFT's combination types.")
+@click.option("--density", type=float, help="Share of the numbers that ties, dare and magnitude_prune keep.")
+@click.option("--majority", type=click.Choice(["total", "frequency"]), default="total", show_default=True,
+              help="What decides a sign in the ties forms.")  # fmt: skip
+@click.option("--rank", type=int, help="Of the result, for the svd forms [the highest of the adapters'].")
+@click.option("--seed", type=int, default=0, show_default=True, help="What the dare forms drop.")
+@target_option
+@click.option("--trust-base", is_flag=True, help="Take them although not all say which base they were trained on.")
+@dry_run_option
+@json_flag
+@runs_option
+def combine_adapters(
+    adapters: tuple[str, ...],
+    weights: list[float],
+    dry_run: bool,
+    as_json: bool,
+    parent: Path | None,
+    target: Path,
+    **settings: Any,
+) -> None:
+    """Make one adapter of several of one base (runs, tags or folders), weighted; the base itself is not needed."""
+    from launcher.runs.adapters import combine_request, derive
+
+    asked = combine_request(adapters, parent, weights=weights, target=target, **settings)
+    if dry_run:
+        print_json({"schema": 1, **asked})
+        return
+    made = derive(asked)
+    show_notices(made["notices"])
+    if as_json:
+        print_json({"schema": 1, **made})
+    else:
+        click.echo(f"wrote {made['path']}: {made['made']}; rank {made['rank']}, {made['modules']} modules")
+    click.echo(f"Next: launcher merge {made['path']} · launcher export {made['path']} --for vllm", err=True)
+
+
+@command.command(name="reduce")
+@click.argument("adapter")
+@click.option("--rank", type=click.IntRange(min=1), required=True, help="Of the result.")
+@target_option
+@click.option("--prove", is_flag=True, help="Load both on the base and say the largest difference of their logits.")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base, for --prove [the adapter's].")
+@click.option("--trust-base", is_flag=True, help="Take the base although the adapter does not say which it was.")
+@dry_run_option
+@json_flag
+@runs_option
+def reduce_adapter(
+    adapter: str, rank: int, target: Path, dry_run: bool, as_json: bool, parent: Path | None, **settings: Any
+) -> None:
+    """Make the nearest adapter of a lower rank, and say module by module what it loses."""
+    from launcher.runs.adapters import derive, reduce_request
+
+    asked = reduce_request(adapter, parent, rank=rank, target=target, **settings)
+    if dry_run:
+        print_json({"schema": 1, **asked})
+        return
+    made = derive(asked)
+    if as_json:
+        print_json({"schema": 1, **made})
+    else:
+        _losses(made)
+    click.echo(f"Next: launcher merge {made['path']} · launcher export {made['path']} --for vllm", err=True)
+
+
+def _losses(made: dict[str, Any]) -> None:
+    """The modules that lose most, the whole, and the logits where they were compared."""
+    modules = sorted(made["modules"].items(), key=lambda one: -one[1])
+    click.echo(f"wrote {made['path']}: {made['made']}")
+    click.echo(f"relative error of the products: {made['relative_error']:.2%} over all {len(modules)} modules; most in")
+    for module, error in modules[:_MOST_LOST]:
+        click.echo(f"  {error:7.2%}  {module}")
+    if made["proof"]:
+        worst, share = made["proof"]["logits_difference"], made["proof"]["share_of_largest"]
+        click.echo(f"largest difference of logits: {worst:.3g}, {share:.2%} of the largest")
+    else:
+        click.echo("logits not compared (--prove)")

@@ -73,3 +73,29 @@ def test_foreign_and_broken_files_are_no_crash(two: tuple[RunFolder, RunFolder])
     found = registry.list_adapters(two[0].path.parent)
     assert {one.run: one.base for one in found}[two[0].run_id] is None
     assert CliRunner().invoke(main, ["adapters", "--runs", str(two[0].path.parent)]).exit_code == 0
+
+
+def test_a_folder_is_an_adapter_too(two: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
+    """Combined and reduced adapters lie where the user said: they are compared like others, and get no tag."""
+    made = {"how": "reduce", "from_rank": 16, "rank": 8, "parents": [{"name": "a", "weight": 1.0}]}
+    folder = tmp_path / "small"
+    folder.mkdir()
+    told = {"method": "lora", "base": "org/base", "base_fingerprint": "ab" * 32, "data_key": "k", "made": made}
+    save_file({"a": np.zeros(4, np.float32)}, folder / "adapter_model.safetensors",
+              metadata={"format": "pt", "launcher.lineage": json.dumps(told)})  # fmt: skip
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]})
+    parent = two[0].path.parent
+    different = registry.diff(registry.find_entry(two[1].run_id, parent), registry.find_entry(str(folder), parent))
+    assert different["rank"] == (16, 8)
+    assert different["made"] == (None, "rank 16 cut to 8 of a")
+    with pytest.raises(RecipeError, match="adapter of a run"):
+        registry.tag(str(folder), "best", parent)
+
+
+@pytest.mark.parametrize("made", [5, {"how": "ties"}, {"how": "ties", "parents": [{}]}, ["x"]])
+def test_a_lineage_of_nobody_is_no_traceback(made: object, tmp_path: Path) -> None:
+    """What the header says of its making is a stranger's word: what is not ours is left out."""
+    save_file({"a": np.zeros(4, np.float32)}, tmp_path / "adapter_model.safetensors",
+              metadata={"format": "pt", "launcher.lineage": json.dumps({"made": made})})  # fmt: skip
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
+    assert registry.find_entry(str(tmp_path)).made is None
