@@ -28,6 +28,7 @@ def directives(request: JobRequest) -> Directives:
     """The sbatch long options of the job; True stands for an option without a value."""
     wanted: dict[str, str | int | bool | None] = {
         "job_name": request.name,
+        "array": request.array,
         **_size(request),
         "cpus_per_task": request.cpus_per_task,
         "gpus_per_node": _gpus(request),
@@ -132,14 +133,16 @@ def lines_before(request: JobRequest) -> list[str]:
     """Shell lines between the set-up and srun; nothing of the recipe is in them but the path of the run folder.
 
     The traps keep a signal that is meant for the ranks from ending this script before its last words; bash runs them
-    when srun has ended. The mark tells one start of the job from another in the log that they share.
+    when srun has ended. Beside srun stands a watch for the case that it never ends. The mark tells one start of the job from another in the log that they share.
     """
     return [
         *_nodes_to_use(request),
         "trap : TERM USR2",
         f'echo "{MARKER} ${{SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}"',
-        f"{_aftermath(request)} before",
+        f"{_ours(request, 'aftermath')} before",
         "case $? in 92) exit 0 ;; 93) exit 93 ;; esac",
+        f'{_ours(request, "lost_srun")} "${{SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}" $$ &',
+        "watch=$!",
     ]
 
 
@@ -160,13 +163,13 @@ def _nodes_to_use(request: JobRequest) -> list[str]:
 
 def lines_after(request: JobRequest) -> list[str]:
     """Shell lines after srun: the last words, and the exit status of the job."""
-    return ["rc=$?", f"{_aftermath(request)} $rc", "exit $?"]
+    return ["rc=$?", 'kill "$watch" 2>/dev/null', f"{_ours(request, 'aftermath')} $rc", "exit $?"]
 
 
-def _aftermath(request: JobRequest) -> str:
-    """On the node itself, not in a container: Slurm's commands are often missing there."""
+def _ours(request: JobRequest, module: str) -> str:
+    """One of our modules, on the node itself and not in a container: Slurm's commands are often missing there."""
     python = request.python if request.container.runtime == "none" else sys.executable
-    return shlex.join([python, "-u", "-m", "launcher.runs.aftermath", request.run_dir])
+    return shlex.join([python, "-u", "-m", f"launcher.runs.{module}", request.run_dir])
 
 
 def submitit_script(request: JobRequest) -> str:

@@ -99,7 +99,7 @@ def _is_run(path: Path) -> bool:
 
 def _runs_in(folder: Path) -> list[RunFolder]:
     """Runs of a folder, newest first."""
-    found = [path for path in folder.glob("*") if _is_run(path)] if folder.is_dir() else []
+    found = [path for path in folder.glob("[!.]*") if _is_run(path)] if folder.is_dir() else []
     return [RunFolder(path.resolve()) for path in sorted(found, key=lambda one: one.stat().st_ctime, reverse=True)]
 
 

@@ -55,7 +55,8 @@ def create_run(
     """
     try:
         with private_files():
-            run = RunFolder.create(parent.resolve(), recipe.name)
+            # Hidden until it is whole: whoever is killed in between leaves no half of a run.
+            run = RunFolder.create(parent.resolve(), f".{recipe.name}")
         write_atomic(run.recipe, recipe_text)
         write_atomic(run.resolved, recipe_to_yaml(recipe))
         write_json(run.plan, plan_to_json(plan))
@@ -65,9 +66,9 @@ def create_run(
         write_elastic(run, recipe, plan)
         around = {"recipe_file": None if origin is None else str(origin.resolve()), "inputs": input_facts(recipe)}
         write_json(run.environment, environment_facts(python_of(site)) | around)
+        return RunFolder(run.path.rename(run.path.with_name(run.run_id.removeprefix("."))))
     except OSError as error:
         raise ClusterError(f"output_dir: cannot write the run folder in {parent}: {error}") from error
-    return run
 
 
 def job_request(plan: Plan, recipe: Recipe, run: RunFolder, site: Site) -> JobRequest:
@@ -165,7 +166,7 @@ def print_sbatch(request: JobRequest) -> str:
     """
     if request.cluster != "slurm":
         raise ClusterError("--print-sbatch: this site has no Slurm (executor: local); name one with slurm.site=...")
-    _remember(request, RunFolder(Path(request.run_dir)), job_id=None)
+    remember(request, RunFolder(Path(request.run_dir)), job_id=None)
     leave_secrets(Path(request.run_dir))
     return plain_script(request)
 
@@ -198,7 +199,7 @@ def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
     try:
         # job.json first: who finds a lost job later knows what was asked for.
         before = _job_document(run)
-        _remember(request, run, job_id=None)
+        remember(request, run, job_id=None)
         run.record("submitting", token=token, purpose=purpose, cluster=request.cluster, job_name=request.name)
         if request.cluster == "slurm":
             leave_secrets(run.path)
@@ -213,7 +214,7 @@ def submit_held(request: JobRequest, *, purpose: str, say: Say = silent) -> str:
             raise ClusterError(f"cannot write the run folder {run.path}: {error}") from error
         raise
     try:
-        _remember(request, run, job_id=job_id)
+        remember(request, run, job_id=job_id)
         run.record("submitted", job_id=job_id, cluster=request.cluster, purpose=purpose, token=token)
     except OSError as error:
         if request.cluster == "slurm":
@@ -243,7 +244,8 @@ def _job_document(run: RunFolder) -> Mapping[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _remember(request: JobRequest, run: RunFolder, *, job_id: str | None) -> None:
+def remember(request: JobRequest, run: RunFolder, *, job_id: str | None) -> None:
+    """Write job.json: what was asked for, and the job's id once it has one."""
     process = identify(int(job_id)) if job_id and request.cluster == "local" else None
     document = {
         "job_id": job_id,

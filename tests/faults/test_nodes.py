@@ -144,7 +144,7 @@ def test_network_cut(
     for node, other in ((first, second), (second, first)):
         subprocess.run(["ip", "-n", node, "route", "add", "blackhole", address(other)], check=True)
         partition.append((node, address(other)))
-    slurm_bed.until(lambda: len(events(run, "decided")) == 1, "the end of the attempt", run, 180)
+    slurm_bed.until(lambda: len(events(run, "decided")) == 1, "the end of the attempt", run, 400)
     for node, cut in partition:
         subprocess.run(["ip", "-n", node, "route", "del", "blackhole", cut], check=True)
     partition.clear()
