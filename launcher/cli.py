@@ -64,6 +64,7 @@ _LATER: dict[str, tuple[str, str]] = {
     "rehearse": ("rehearse", "Run the whole job with a tiny random model on CPU ranks, before the queue."),
     "trial": ("trial", "Run candidates on your data, stop losers early, and compare what each reached and cost."),
     "why": ("why", "Say why a run waits, failed, stopped or is slow, what shows it, and what helps."),
+    "serve": ("serve", "Serve adapters of one base, each by its name, as OpenAI's API does."),
     "resume": ("resume", "Go on from the newest checkpoint: the same run, on the same or on other nodes."),
 }
 """Verbs of launcher/verbs, loaded when typed: name -> (module, first line of the help)."""

@@ -78,11 +78,11 @@ def load_base(model: ModelSection, candidate: Candidate, *, device: str) -> PreT
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.name_or_path, **options)
     if candidate.quant is None and not hf_deepspeed.is_deepspeed_zero3_enabled():
         loaded.to(device)
-    _keep_packing(loaded)
+    keep_packing(loaded)
     return loaded
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
+def keep_packing(model: PreTrainedModel) -> None:
     """Forbid bitsandbytes to repack 4-bit weights in place the first time they are evaluated.
 
     It does so on CPUs with AVX512-BF16: block scales are rounded to bf16, the matrix product after it has no

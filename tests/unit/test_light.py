@@ -1,4 +1,4 @@
-"""Light modules stay light: nothing outside the worker and the adapters loads the training stack."""
+"""Light modules stay light: nothing outside the worker, the adapters and the server loads the training stack."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOW = (*HEAVY, "numpy", "pyarrow", "tokenizers", "submitit", "omegaconf", "rich
 
 def light_modules() -> Iterator[str]:
     for module in pkgutil.walk_packages(launcher.__path__, "launcher."):
-        if not module.name.startswith(("launcher.worker.", "launcher.adapters.")):
+        if not module.name.startswith(("launcher.worker.", "launcher.adapters.", "launcher.serving.")):
             yield module.name
 
 

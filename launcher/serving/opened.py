@@ -1,0 +1,180 @@
+"""opened: an adapter read from disk and judged, before the model is touched: any thread may do this.
+
+PEFT mixes adapters within one batch for plain LoRA only. DoRA, replaced modules and fused experts are answered in
+batches of their own. Virtual tokens are no weights, so they mix with everything: prompt tuning's stand before the
+prompt, prefix tuning's are keys and values that have been read already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from launcher.adapters.lineage import WEIGHTS, Adapter, read_adapter, refuse_other_base
+from launcher.errors import ConflictError, ModelError, RecipeError, raise_all
+
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """An adapter that can be served."""
+
+    folder: Path
+    alone: bool
+    """Whether it needs batches of its own."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its own, with the template it was trained with; None: it has none, the base's is meant."""
+    virtual: Tensor | None = None
+    """Prompt tuning: tokens x width of the model."""
+    prefix: Tensor | None = None
+    """Prefix tuning: layers x 2 x heads x tokens x numbers per head."""
+
+    @property
+    def in_model(self) -> bool:
+        """Whether PEFT puts anything into the model."""
+        return self.virtual is None and self.prefix is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseFacts:
+    """What an adapter is held against."""
+
+    folder: Path
+    quantization: Mapping[str, Any] | None
+    """How the loaded base is rounded."""
+    any_rounding: bool
+    """Whether the user chose the rounding, so that adapters trained with another are taken."""
+
+
+def open_adapter(folder: Path, base: BaseFacts, *, trusted: bool) -> Opened:
+    """Read and judge an adapter folder.
+
+    Raises:
+        ModelError: no adapter, or its files do not fit together.
+        ConflictError: it was trained on other weights, or on weights rounded otherwise.
+        RecipeError: its kind cannot be served beside others.
+    """
+    found = read_adapter(folder)
+    _refuse_kind(found)
+    refuse_other_base(found, base.folder, trusted=trusted)
+    _refuse_rounding(found, base)
+    kind = str(found.config.get("peft_type"))
+    virtual = _virtual(found) if kind in ("PROMPT_TUNING", "PREFIX_TUNING") else None
+    opened = Opened(
+        folder=folder,
+        alone=bool(
+            found.config.get("use_dora")
+            or found.config.get("modules_to_save")
+            or found.config.get("target_parameters")
+            or found.config.get("trainable_token_indices")
+        ),
+        tokenizer=load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None,
+    )
+    if kind == "PROMPT_TUNING":
+        return dataclasses.replace(opened, virtual=virtual)
+    return dataclasses.replace(opened, prefix=_as_prefix(found, virtual)) if virtual is not None else opened
+
+
+def _refuse_kind(found: Adapter) -> None:
+    config, problems = found.config, []
+    kind = str(config.get("peft_type"))
+    if kind not in ("LORA", "PROMPT_TUNING", "PREFIX_TUNING"):
+        problems.append(
+            f"a {kind} adapter cannot stand beside others; merge it (launcher merge --whole) and serve that"
+        )
+    if config.get("bias", "none") != "none":
+        problems.append(f"it trained biases of the base (bias: {config['bias']}), which all would share; merge it")
+    raise_all(RecipeError, [f"{found.folder}: {problem}" for problem in problems])
+
+
+def _refuse_rounding(found: Adapter, base: BaseFacts) -> None:
+    told = found.quantization
+    if found.lineage and not base.any_rounding and _rounding(told) != _rounding(base.quantization):
+        raise ConflictError(
+            f"{found.folder}: was trained on a base {_rounding(told)}, and this one is {_rounding(base.quantization)}; "
+            "its answers would be others than in training. Serve it by itself, or choose with --dtype "
+            "(4bit, bf16, fp16, fp32)"
+        )
+
+
+def _rounding(quantization: Mapping[str, Any] | None) -> str:
+    if not quantization:
+        return "that is not quantized"
+    double = ", scales quantized too" if quantization["bnb_4bit_use_double_quant"] else ""
+    return f"in 4 bits ({quantization['bnb_4bit_quant_type']}{double})"
+
+
+def _virtual(found: Adapter) -> Tensor:
+    """The embeddings of virtual tokens, tokens x numbers.
+
+    Raises:
+        ModelError: the file has none.
+    """
+    try:
+        tensor: Tensor = load_file(found.weights)["prompt_embeddings"]
+    except KeyError:
+        raise ModelError(f"{found.folder}: {WEIGHTS} has no prompt_embeddings") from None
+    return tensor
+
+
+def _as_prefix(found: Adapter, flat: Tensor) -> Tensor:
+    """PEFT's flat numbers (tokens x layers*2*heads*numbers) as keys and values per layer."""
+    config = found.config
+    layers, heads = int(config["num_layers"]), int(config["num_attention_heads"])
+    tokens = flat.shape[0]
+    return flat.view(tokens, layers, 2, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, without running code of it.
+
+    Raises:
+        ModelError: it does not load.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # The first call settles how it truncates; later ones change nothing, so that threads may share it.
+        tokenizer("x")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    return tokenizer
+
+
+def refuse_other_shapes(opened: Opened, model: nn.Module) -> None:
+    """Refuse factors of modules that the model does not have, or has in another size.
+
+    Raises:
+        ModelError: the first few.
+    """
+    if not opened.in_model:
+        return
+    modules = dict(model.named_modules())
+    wrong = [name for name, tensor in load_file(opened.folder / WEIGHTS).items() if not _fits(name, tensor, modules)]
+    if wrong:
+        raise ModelError(f"{opened.folder}: {len(wrong)} tensors fit no module of this base, such as {wrong[0]}")
+
+
+def _fits(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> bool:
+    ending = next((one for one in _FACTORS if name.endswith(one)), None)
+    if ending is None:
+        return True  # magnitudes, embeddings and replaced modules: PEFT looks at these itself
+    module = modules.get(name.removeprefix("base_model.model.").removesuffix(ending))
+    if module is None:
+        return False
+    features, dim = ("in_features", 1) if ending == _FACTORS[0] else ("out_features", 0)
+    size = getattr(module, features, None)
+    return size is None or size == tensor.shape[dim]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """bf16, fp16 or fp32 as torch calls it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
