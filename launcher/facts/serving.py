@@ -6,7 +6,7 @@ modules_to_save), TGI's of LoRA, SGLang's of LoRA serving. Nothing of these engi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,28 +32,65 @@ class Served:
     fused_experts: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """One reason, and the recipe's field that it is about."""
+
+    field: str
+    """method | lora.r | lora.target_modules, or empty for what no recipe sets."""
+    sentence: str
+
+
 def refusals(engine: str, adapter: Served) -> list[str]:
     """Why an engine would not load the adapter, one sentence each; empty when it does."""
-    found = []
+    return [one.sentence for one in reasons(engine, adapter)]
+
+
+def reasons(engine: str, adapter: Served) -> list[Refusal]:
+    """The same with the fields they are about; `merged` and whole models have no adapter to load."""
+    if adapter.method == "full":
+        return []
+    if engine == "merged":
+        virtual = adapter.method in ("prefix", "prompt")
+        sentence = "its virtual tokens are no weights and cannot be merged; train method: lora"
+        return [Refusal(field="method", sentence=sentence)] if virtual else []
+    return [*_of_kind(adapter), *_of_places(adapter), *_of_rank(engine, adapter)]
+
+
+def _of_kind(adapter: Served) -> Iterator[Refusal]:
     if adapter.method == "dora":
-        found.append("it is a DoRA adapter, which has magnitudes beside its factors; train method: lora, or merge it")
+        said = "it is a DoRA adapter, which has magnitudes beside its factors; train method: lora, or merge it"
+        yield Refusal(field="method", sentence=said)
     elif adapter.method not in METHODS:
-        found.append(f"it is a {adapter.method} adapter, and only LoRA is loaded; train method: lora, or merge it")
+        way = "train method: lora" if adapter.method in ("prefix", "prompt") else "train method: lora, or merge it"
+        said = f"it is {_article(adapter.method)} {adapter.method} adapter, and only LoRA is loaded; {way}"
+        yield Refusal(field="method", sentence=said)
     if adapter.bias != "none":
-        found.append(f"it trained biases (bias: {adapter.bias}); merge it")
+        yield Refusal(field="", sentence=f"it trained biases (bias: {adapter.bias}); merge it")
     if adapter.modules_to_save:
-        found.append(f"it replaces whole modules ({', '.join(adapter.modules_to_save)}); merge it")
+        said = f"it replaces whole modules ({', '.join(adapter.modules_to_save)}); merge it"
+        yield Refusal(field="", sentence=said)
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1] in "aeiou" else "a"
+
+
+def _of_places(adapter: Served) -> Iterator[Refusal]:
+    field = "lora.target_modules"
     if adapter.fused_experts:
-        found.append("it changes fused experts; merge it")
+        yield Refusal(field=field, sentence="it changes fused experts; name attention layers only, or merge it")
     if not isinstance(adapter.target_modules, str):
         odd = sorted({name.rpartition(".")[2] for name in adapter.target_modules} - set(_SERVED))
         if odd:
-            found.append(f"it changes {', '.join(odd)}, which get no adapter there; leave them out, or merge it")
+            said = f"it changes {', '.join(odd)}, which get no adapter there; leave them out, or merge it"
+            yield Refusal(field=field, sentence=said)
+
+
+def _of_rank(engine: str, adapter: Served) -> Iterator[Refusal]:
     if engine == "vllm" and adapter.rank is not None and adapter.rank > VLLM_RANKS[-1]:
-        found.append(
-            f"its rank {adapter.rank} is over {VLLM_RANKS[-1]}; reduce it (launcher adapters reduce), or merge it"
-        )
-    return found
+        said = f"its rank {adapter.rank} is over {VLLM_RANKS[-1]}; reduce it (launcher adapters reduce), or merge it"
+        yield Refusal(field="lora.r", sentence=said)
 
 
 def max_lora_rank(rank: int) -> int:

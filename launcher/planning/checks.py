@@ -10,6 +10,7 @@ from launcher.facts.shape import ModelShape
 from launcher.facts.site import Site
 from launcher.planning.deepspeed_config import override_problems
 from launcher.planning.plan import LoraNumbers
+from launcher.planning.served import export_problems
 from launcher.planning.trainable import expert_problem, targeted
 from launcher.recipe.schema import LORA_METHODS, Recipe
 
@@ -35,6 +36,7 @@ def check(recipe: Recipe, model: ModelShape, site: Site) -> None:
         except RecipeError as error:
             problems += error.problems
         problems += _expert_problems(recipe, model)
+    problems += export_problems(recipe, model)
     raise_all(ClusterError if impossible else RecipeError, [*impossible, *problems])
 
 

@@ -10,15 +10,14 @@ from launcher.planning.candidates import largest_micro_batch
 from launcher.planning.estimate import GIB, Task, estimate
 from launcher.planning.multinode import HPZ_SOURCE, zero3_vs_alternatives
 from launcher.planning.objective import THRIFT, device_hours, excess_bytes
-from launcher.planning.plan import Advice, Candidate, Estimate
+from launcher.planning.plan import Advice, Estimate
 from launcher.planning.remedies import tokens_that_fit
+from launcher.planning.served import serving_notes
 from launcher.planning.states import weight_bytes
 from launcher.recipe.schema import AUTO, LORA_METHODS, PROMPT_METHODS
 
 _SAMPLED_TOKENS = 128
 """Tokens per row of `data.retention: builtin` (worker/retention.py)."""
-_VLLM_RANK = 320
-"""Highest rank that vLLM's common builds serve (--max-lora-rank)."""
 _G4_FULL_GB, _G4_ADAPTER_GB, _G4_SMALL_PARAMS = 140, 14, 7e9
 _MEMORY = "memory model"
 _BASES = {
@@ -41,7 +40,7 @@ def notes(task: Task, chosen: Estimate, alternatives: Sequence[Estimate]) -> lis
         *tokens(task, chosen),
         *virtual_tokens(task, chosen),
         *other_adapters(task, chosen),
-        *serving(chosen),
+        *serving_notes(task.recipe, task.model, chosen.candidate),
         *budget(task, chosen, alternatives),
         *queue(chosen),
         *trial(task, chosen),
@@ -191,29 +190,6 @@ def other_adapters(task: Task, chosen: Estimate) -> Iterator[Advice]:
     if task.recipe.method == AUTO and chosen.candidate.method == "lora":
         reason = "one line swaps the adapter, everything else stays: method: dora | adalora | prefix | prompt"
         yield Advice(rule="R11", field="method", value="lora", reason=reason, source="guides G2 G4")
-
-
-def serving(chosen: Estimate) -> Iterator[Advice]:
-    """R12, R13: what an inference server will refuse later is said now."""
-    candidate, source = chosen.candidate, "guides G2 G3; vLLM's LoRA loader"
-    if candidate.method == "dora":
-        reason = "vLLM refuses DoRA adapters: merge it into the base to serve it, or use lora to hot-swap"
-        yield Advice(rule="R13", field="method", value="dora", reason=reason, source=source)
-    if candidate.method in ("adalora", *PROMPT_METHODS):
-        reason = f"inference servers hot-swap plain LoRA only; {candidate.method} is served with PEFT"
-        yield Advice(rule="R13", field="method", value=candidate.method, reason=reason, source=source)
-    if candidate.lora is not None and candidate.lora.r > _VLLM_RANK:
-        reason = f"rank {candidate.lora.r} is above what vLLM serves beside other adapters ({_VLLM_RANK}): merge it"
-        yield Advice(rule="R12", field="lora.r", value=candidate.lora.r, reason=reason, source=source)
-    if _touches_embeddings(candidate):
-        reason = "adapters on embeddings or the head are not hot-swapped by every server: merge, or leave them out"
-        value = "without embed_tokens and lm_head"
-        yield Advice(rule="R12", field="lora.target_modules", value=value, reason=reason, source=source)
-
-
-def _touches_embeddings(candidate: Candidate) -> bool:
-    targets = candidate.lora.target_modules if candidate.lora else ()
-    return any(name in targets for name in ("embed_tokens", "lm_head")) and not isinstance(targets, str)
 
 
 def budget(task: Task, chosen: Estimate, alternatives: Sequence[Estimate]) -> Iterator[Advice]:

@@ -84,6 +84,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
     *_aliases("wandb.entity", "wandb_entity"),
     *_aliases("wandb.group", "wandb_group"),
     *_aliases("wandb.mode", "wandb_mode"),
+    *_aliases("export.engine", "for"),
 )
 
 VALUES: Final[dict[str, dict[str, str]]] = {

@@ -12,6 +12,7 @@ from launcher.recipe.build import Built
 from launcher.recipe.problems import Findings, nearest, one_of
 from launcher.recipe.schema import (
     AUTO,
+    EXPORT_ENGINES,
     FORMATS,
     LORA_METHODS,
     METHODS,
@@ -43,6 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "deepspeed.offload_param": (AUTO, "none", "cpu", "nvme"),
     "survival.on_out_of_memory": ("smaller_micro_batch", "stop"),
     "wandb.mode": (AUTO, "online", "offline", "disabled"),
+    "export.engine": EXPORT_ENGINES,
 }
 
 Test = Callable[[Any], bool]
@@ -141,7 +143,9 @@ class _Checker:
 
     def choices(self) -> None:
         for path, allowed in CHOICES.items():
-            self.choice(path, self.value(path), allowed)
+            value = self.value(path)
+            if value is not None:  # an optional choice that was not made
+                self.choice(path, value, allowed)
 
     def choice(self, path: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

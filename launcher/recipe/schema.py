@@ -19,6 +19,8 @@ LORA_METHODS = ("lora", "qlora", "dora", "adalora")
 PROMPT_METHODS = ("prefix", "prompt")
 """Methods that learn virtual tokens."""
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
+EXPORT_ENGINES = ("vllm", "tgi", "sglang", "merged")
+"""What an adapter can be exported for."""
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -248,6 +250,14 @@ class BudgetSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSection:
+    """What the adapter is for; a plan refuses what cannot be exported for it."""
+
+    engine: str | None = None
+    """vllm | tgi | sglang | merged; None = not known yet: `plan` says what servers would refuse."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """One recipe: everything the user asked for."""
 
@@ -267,5 +277,6 @@ class Recipe:
     slurm: SlurmSection = SlurmSection()
     wandb: WandbSection = WandbSection()
     budget: BudgetSection = BudgetSection()
+    export: ExportSection = ExportSection()
     output_dir: str = AUTO
     """Folder that receives run folders; auto = $LAUNCHER_RUNS or ./runs."""

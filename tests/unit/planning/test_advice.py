@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.errors import RecipeError
 from launcher.facts.model import model_shape
+from launcher.facts.serving import ENGINES
 from launcher.planning.estimate import Task
 from launcher.planning.notes import guide_tree
 from launcher.planning.plan import plan_to_json
@@ -15,6 +17,7 @@ from launcher.planning.search import make_plan
 from launcher.recipe.schema import (
     DataSection,
     DataSource,
+    ExportSection,
     LoraSection,
     ModelSection,
     TaskSection,
@@ -261,13 +264,53 @@ def test_r11_another_adapter_is_one_line(method):
 
 def test_r12_and_r13_what_servers_refuse_is_said_now():
     """DoRA, prompt methods, ranks above the servers' limit and adapters on embeddings; plain LoRA gets no note."""
-    assert "vLLM refuses DoRA" in one(plan_of(a_recipe(LLAMA_8B, "dora")), "R13").reason
+    assert (
+        "vLLM, TGI and SGLang would refuse it: it is a DoRA" in one(plan_of(a_recipe(LLAMA_8B, "dora")), "R13").reason
+    )
     assert one(plan_of(a_recipe(LLAMA_8B, "prompt")), "R13")
-    assert "512" in one(plan_of(a_recipe(LLAMA_8B, "lora", lora=LoraSection(r=512))), "R12", "lora.r").reason
+    high = one(plan_of(a_recipe(LLAMA_8B, "lora", lora=LoraSection(r=640))), "R12", "lora.r")
+    assert high.reason.startswith("vLLM would refuse it: its rank 640 is over 512")
     embeddings = a_recipe(LLAMA_8B, "lora", lora=LoraSection(target_modules=("q_proj", "lm_head")))
     assert one(plan_of(embeddings), "R12", "lora.target_modules")
     plain = plan_of(a_recipe(LLAMA_8B, "lora"))
     assert not said(plain, "R12") and not said(plain, "R13")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("method", "lora", "field"),
+    [
+        ("dora", {}, "method"),
+        ("adalora", {}, "method"),
+        ("prompt", {}, "method"),
+        ("lora", {"target_modules": ("q_proj", "embed_tokens")}, "lora.target_modules"),
+        ("auto", {"target_modules": ("q_proj", "embed_tokens")}, "lora.target_modules"),
+    ],
+)
+def test_what_the_export_would_refuse_is_refused_by_the_plan(engine, method, lora, field):
+    """A recipe that names its engine learns it before the training: same words as at the export, with the field."""
+    recipe = a_recipe(LLAMA_8B, method, lora=LoraSection(**lora), export=ExportSection(engine=engine))
+    with pytest.raises(RecipeError, match=f"{field}: .*export.engine: {engine}.* would refuse the adapter"):
+        plan_of(recipe)
+
+
+def test_ranks_are_vllms_matter():
+    """Above its last step the plan is refused for vLLM only; between two steps it says which one is paid for."""
+    high = LoraSection(r=640)
+    with pytest.raises(RecipeError, match=r"lora\.r: .*rank 640 is over 512"):
+        plan_of(a_recipe(LLAMA_8B, "lora", lora=high, export=ExportSection(engine="vllm")))
+    assert plan_of(a_recipe(LLAMA_8B, "lora", lora=high, export=ExportSection(engine="tgi"))).chosen
+    between = plan_of(a_recipe(LLAMA_8B, "lora", lora=LoraSection(r=24), export=ExportSection(engine="vllm")))
+    assert "--max-lora-rank 32" in one(between, "R12", "lora.r").reason
+
+
+def test_a_merge_takes_all_but_virtual_tokens():
+    """DoRA for merged is planned without a word; prompts are refused; a full run has nothing that could be refused."""
+    merged = ExportSection(engine="merged")
+    assert not said(plan_of(a_recipe(LLAMA_8B, "dora", export=merged)), "R13")
+    with pytest.raises(RecipeError, match="virtual tokens are no weights"):
+        plan_of(a_recipe(LLAMA_8B, "prompt", export=merged))
+    assert plan_of(a_recipe(LLAMA_8B, "full", export=ExportSection(engine="vllm"))).chosen
 
 
 def test_r14_cost_per_method_before_anything_is_spent():
