@@ -40,10 +40,17 @@ def _reduce(request: dict[str, Any]) -> dict[str, Any]:
     return reduce(request)
 
 
+def _compare(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.comparing import compare
+
+    return compare(request)
+
+
 ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "merge": _merge,
     "export": _export,
     "export_checkpoint": _export_checkpoint,
+    "compare": _compare,
     "combine": _combine,
     "reduce": _reduce,
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.planning.plan import Estimate, Plan
+from launcher.report.pages import environment
 from launcher.report.text import (
     _value,
     batch_sentence,
@@ -27,7 +28,6 @@ from launcher.report.text import (
     within_with,
 )
 
-_TEMPLATES = Path(__file__).parent / "templates"
 TERMS = {
     "weights": "Weights as they are held",
     "gradients": "Gradients alive at the peak",
@@ -165,31 +165,26 @@ def write_plan(plan: Plan, path: Path, *, recipe_argument: str | None = None, ex
 
 def render_plan(plan: Plan, *, recipe_argument: str | None = None, explained: Sequence[Any] = ()) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     estimates = [plan.chosen, *plan.alternatives]
     price = _price_of(estimates)
-    return environment.get_template("plan.html.j2").render(
-        plan=plan,
-        version=__version__,
-        facts=_facts(plan, price),
-        terms=_terms(plan.chosen),
-        bar=_bar(plan.chosen),
-        memory=_memory_sentences(plan.chosen),
-        rows=[_row(number, each, plan.chosen, price) for number, each in enumerate(estimates, start=1)],
-        charts=[_chart(name, estimates, plan.chosen, price) for name in _SIZES],
-        starts_known=any(each.start_s is not None for each in estimates),
-        cost_title=price.title,
-        value=_value,
-        next_command=f"launcher {'submit' if plan.chosen.fits else 'plan'} {recipe_argument or 'RECIPE'}",
-        explained=explained,
+    return (
+        environment()
+        .get_template("plan.html.j2")
+        .render(
+            plan=plan,
+            version=__version__,
+            facts=_facts(plan, price),
+            terms=_terms(plan.chosen),
+            bar=_bar(plan.chosen),
+            memory=_memory_sentences(plan.chosen),
+            rows=[_row(number, each, plan.chosen, price) for number, each in enumerate(estimates, start=1)],
+            charts=[_chart(name, estimates, plan.chosen, price) for name in _SIZES],
+            starts_known=any(each.start_s is not None for each in estimates),
+            cost_title=price.title,
+            value=_value,
+            next_command=f"launcher {'submit' if plan.chosen.fits else 'plan'} {recipe_argument or 'RECIPE'}",
+            explained=explained,
+        )
     )
 
 
