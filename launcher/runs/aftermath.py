@@ -30,7 +30,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError, TemporaryError
@@ -42,6 +41,7 @@ from launcher.runs.remains import text
 from launcher.runs.requeue import RefusedError, follow_up, nodes_there, put_back, stored_request
 from launcher.runs.smaller import use_micro_batch
 from launcher.runs.state import Evidence, newest_checkpoint, read_evidence
+from launcher.runs.train_job import run_of_task
 from launcher.runs.view import JobView, earlier_state, job_view, preemption_requeues
 
 NOTHING_TO_DO = 92
@@ -344,7 +344,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 3 or not (argv[2] == "before" or argv[2].isdecimal()):
         print("usage: python -m launcher.runs.aftermath RUN_DIR before|EXIT_CODE", file=sys.stderr)
         return 2
-    run, code = RunFolder(Path(argv[1]).resolve()), int(argv[2]) if argv[2].isdecimal() else 0
+    run, code = RunFolder(run_of_task(argv[1]).resolve()), int(argv[2]) if argv[2].isdecimal() else 0
     start = Start.of(os.environ)
     if start is None:
         print("launcher: not inside a Slurm job; nothing is decided", file=sys.stderr)

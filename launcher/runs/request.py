@@ -16,6 +16,8 @@ from launcher.facts.site import Container
 from launcher.recipe.slurm_extra import check_extra
 
 _REFUSED_IN_SBATCH = frozenset("'\"\\`$")
+INDEX = "%a"
+"""A task's number in a job array: Slurm replaces it in the names of logs, runs/train_job.py in that of the run."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -67,6 +69,8 @@ class JobRequest:
     """Of the site profile; never recipe text."""
     chdir: str
     """Working folder of the job: where `submit` was typed, so that relative paths mean the same."""
+    array: str | None = None
+    """sbatch's --array, such as 0-4%2; `run_dir` then ends in INDEX, and each task finds its run there."""
     export: tuple[str, ...] = ()
     """Names of the submitter's variables that Slurm may keep with the job; no values, no secrets."""
 
@@ -115,7 +119,8 @@ class JobRequest:
                 yield f"{where}: is empty; give it a value or remove it"
             for bad in bad_characters(value, _REFUSED_IN_SBATCH):
                 yield f"{where!r}: {bad} is not allowed in a value bound for sbatch: {value!r}"
-        if "%" in self.run_dir + self.name:
+        folder = self.run_dir.removesuffix(f"/{INDEX}") if self.array else self.run_dir
+        if "%" in folder + self.name:
             yield f"output_dir: Slurm replaces % in file names; choose a path without it: {self.run_dir!r}"
 
     def _bad_shell_values(self) -> Iterator[str]:

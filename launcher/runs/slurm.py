@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import ClusterError, TemporaryError
 from launcher.facts.command import is_temporary, run_command, run_slurm
@@ -31,7 +31,10 @@ ACTIVE = frozenset(
     }
 )
 """States from which a job can still go on."""
-_SQUEUE_FORMAT = "%i|%T|%N|%S|%r"
+_JOB = re.compile(r"\d+(_\d+)?")
+"""A job, or ARRAY_TASK."""
+_SQUEUE_FORMAT = "%i|%T|%N|%S|%r|%A"
+"""The last is the number that a task of an array has beside ARRAY_TASK."""
 _SACCT_FORMAT = "JobIDRaw,State,ExitCode,NodeList,Restarts"
 _NAMES_AT_ONCE = 100
 """Job names of one question; a command line is finite."""
@@ -71,13 +74,17 @@ def find_jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
     Raises:
         TemporaryError: Slurm is not here or does not answer.
     """
-    wanted = [job_id for job_id in dict.fromkeys(job_ids) if job_id.isdecimal()]
+    wanted = [job_id for job_id in dict.fromkeys(job_ids) if _JOB.fullmatch(job_id)]
     if not wanted:
         return {}
     found = _squeue(wanted)
     gone = [job_id for job_id in wanted if job_id not in found]
-    if gone:
-        found |= _sacct(gone)
+    numbers = [job_id for job_id in gone if job_id.isdecimal()]
+    tasks = [job_id for job_id in gone if not job_id.isdecimal()]
+    if numbers:
+        found |= _sacct(numbers)
+    if tasks:
+        found |= _sacct(tasks, of_arrays=True)
     for job_id in gone:
         if job_id not in found and (job := _scontrol(job_id)) is not None:
             found[job_id] = job
@@ -102,12 +109,16 @@ def find_named(names: Iterable[str], *, since_s: float | None = None) -> dict[st
         if since_s is not None and missing:
             for name, job in _named_in_accounting(missing, since_s):
                 found.setdefault(name, []).append(job)
-    return {name: sorted(jobs, key=lambda job: int(job.job_id)) for name, jobs in found.items() if name in wanted}
+    return {name: sorted(jobs, key=_order) for name, jobs in found.items() if name in wanted}
+
+
+def _order(job: SlurmJob) -> tuple[int, ...]:
+    return tuple(int(part) for part in job.job_id.split("_"))
 
 
 def _named_in_queue(names: Sequence[str]) -> Iterator[tuple[str, SlurmJob]]:
     owner = [f"--user={user_name()}", f"--name={','.join(names)}"]
-    text = run_slurm(["squeue", "--noheader", "--states=all", *owner, f"--format=%j|{_SQUEUE_FORMAT}"])
+    text = run_slurm(["squeue", "--noheader", "--array", "--states=all", *owner, f"--format=%j|{_SQUEUE_FORMAT}"])
     for line in text.splitlines():
         name, _, rest = line.strip().partition("|")
         if (job := _parse_squeue(rest)) is not None:
@@ -137,23 +148,29 @@ def _named_in_accounting(names: Sequence[str], since_s: float) -> Iterator[tuple
 
 def _squeue(job_ids: Sequence[str]) -> dict[str, SlurmJob]:
     """Jobs in the queue, and those that ended within the last minutes (MinJobAge)."""
-    command = ["squeue", "--noheader", "--states=all", f"--format={_SQUEUE_FORMAT}", f"--jobs={','.join(job_ids)}"]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--format={_SQUEUE_FORMAT}"]
     try:
-        text = run_slurm(command)
+        text = run_slurm([*command, f"--jobs={','.join(job_ids)}"])
     except ClusterError as error:
         # A single forgotten id is an error for squeue; several are not.
         if "invalid job id" in str(error).lower():
             return {}
         raise
-    jobs = [_parse_squeue(line) for line in text.splitlines()]
-    return {job.job_id: job for job in jobs if job is not None}
+    found: dict[str, SlurmJob] = {}
+    for line in text.splitlines():
+        job, number = _parse_squeue(line), line.strip().rpartition("|")[2]
+        if job is not None:
+            found[job.job_id] = job
+        if job is not None and "_" in job.job_id and number in job_ids:
+            found[number] = replace(job, job_id=number)
+    return found
 
 
 def _parse_squeue(line: str) -> SlurmJob | None:
-    words = line.strip().split("|", 4)
-    if len(words) != 5 or not words[0].isdecimal():
+    words = line.strip().split("|")
+    if len(words) < 5 or not _JOB.fullmatch(words[0]):
         return None
-    job_id, state, nodes, start, reason = words
+    job_id, state, nodes, start, reason = words[:5]
     return SlurmJob(
         job_id=job_id,
         state=normal_state(state),
@@ -163,9 +180,14 @@ def _parse_squeue(line: str) -> SlurmJob | None:
     )
 
 
-def _sacct(job_ids: Sequence[str]) -> dict[str, SlurmJob]:
-    """Finished jobs from accounting; empty where there is no accounting or its database does not answer."""
+def _sacct(job_ids: Sequence[str], *, of_arrays: bool = False) -> dict[str, SlurmJob]:
+    """Finished jobs from accounting; empty where there is no accounting or its database does not answer.
+
+    `of_arrays`: they are called ARRAY_TASK, which accounting knows as JobID alone.
+    """
     for fields in (_SACCT_FORMAT, _OLD_SACCT_FORMAT):
+        if of_arrays:
+            fields = fields.replace("JobIDRaw", "JobID")
         command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--format={fields}"]
         try:
             ran = run_command([*command, f"--jobs={','.join(job_ids)}"])
@@ -181,7 +203,7 @@ def _sacct(job_ids: Sequence[str]) -> dict[str, SlurmJob]:
 
 def _parse_sacct(line: str) -> SlurmJob | None:
     words = line.strip().split("|")
-    if len(words) < 4 or not words[0].isdecimal():
+    if len(words) < 4 or not _JOB.fullmatch(words[0]):
         return None
     restarts = words[4] if len(words) > 4 else ""
     return SlurmJob(

@@ -24,6 +24,12 @@ def task_words(python: list[str], run_dir: str) -> list[str]:
     return [*python, "-u", "-m", "launcher.runs.train_job", run_dir]
 
 
+def run_of_task(word: str) -> Path:
+    """The run folder that a job was given; in a job array (see runs/trial_array.py) the one that its index leads to."""
+    index = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    return Path(word.replace("%a", index)).resolve() if index.isdecimal() else Path(word)
+
+
 def without_pickle(executor_class: type, words: list[str]) -> type:
     """A class of submitit's executors that starts `words` in place of submitit's entry, and pickles nothing."""
 
@@ -58,11 +64,12 @@ def main(argv: list[str]) -> int:
     from launcher.runs.supervisor import supervise
     from launcher.runs.variables import not_ours
 
-    trouble = not_ours(Path(argv[1]))
+    run_dir = run_of_task(argv[1])
+    trouble = not_ours(run_dir)
     if trouble:
-        print(f"error: run folder {argv[1]}: {trouble}; nothing in it is read", file=sys.stderr)
+        print(f"error: run folder {run_dir}: {trouble}; nothing in it is read", file=sys.stderr)
         return 5
-    return supervise(Path(argv[1]))
+    return supervise(run_dir)
 
 
 if __name__ == "__main__":

@@ -240,9 +240,9 @@ def advance(trial: Trial, say: Say, *, by_hand: bool = True, wait: bool = True) 
     with _working_folder(trial), hold(trial.folder, "trial"):
         if trial.executor == "local":
             return _here(trial, say)
-        from launcher.runs import trial_array
+        from launcher.runs.trial_array import advance_on_cluster
 
-        return trial_array.advance(trial, say, by_hand=by_hand, wait=wait)
+        return advance_on_cluster(trial, say, by_hand=by_hand, wait=wait)
 
 
 def _here(trial: Trial, say: Say) -> Standing:

@@ -158,10 +158,13 @@ class Planner:
         """The candidates, planned on the same ranks and for the same tokens.
 
         Raises:
+            RecipeError: a candidate that the user named is no recipe.
             LauncherError: what is wrong with the recipe itself, its data, model or site; or nothing can be planned.
         """
         recipe = load_recipe(self.path, self.shared)
         planned = [self._named(recipe, spec) for spec in specs] if specs is not None else list(self._usual(recipe))
+        if specs is not None:
+            _refuse_mistakes(planned)
         planned = self._same_ranks(planned)
         if all(isinstance(each, LauncherError) for _, each in planned):
             _raise_together(planned)
@@ -290,6 +293,16 @@ def _rows_per_sequence(each: Planned) -> float:
     rows = max(1, data.rows)
     mean = data.mean_tokens if data.mean_tokens is not None else data.tokens / rows
     return max(1.0, candidate.seq_len / max(1.0, mean))
+
+
+def _refuse_mistakes(planned: Sequence[_Attempt]) -> None:
+    """What the user wrote of a candidate must be a recipe; that it does not fit is no mistake.
+
+    Raises:
+        RecipeError: every mistake, with the candidate's name.
+    """
+    wrong = [(spec.name, each) for spec, each in planned if isinstance(each, RecipeError)]
+    raise_all(RecipeError, [f"{name}: {problem}" for name, error in wrong for problem in error.problems])
 
 
 def _raise_together(planned: Sequence[_Attempt]) -> None:

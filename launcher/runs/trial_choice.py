@@ -119,11 +119,10 @@ def winning_recipe(trial: Trial, choice: Choice) -> str:
     numbers = [f"method={candidate.method}", f"train.learning_rate={candidate.learning_rate!r}"]
     if candidate.lora_r is not None:
         numbers.append(f"lora.r={candidate.lora_r}")
-    own = [
-        word
-        for word in candidate.overrides
-        if not word.startswith(("slurm.", "method=", "train.learning_rate=", "lora.r="))
-    ]
+    replaced = ["slurm.", "method=", "train.learning_rate=", "lora.r="]
+    if load_recipe_with_notices(trial.recipe, trial.asked).recipe.train.max_steps is None:
+        replaced.append("train.max_steps=")  # the user counts epochs
+    own = [word for word in candidate.overrides if not word.startswith(tuple(replaced))]
     recipe = load_recipe_with_notices(trial.recipe, [*trial.asked, *own, *numbers]).recipe
     lines = [f"chosen by `launcher trial` ({trial.name}) for {choice.objective}: {choice.candidate}", *choice.reasons]
     return "".join(f"# {_one_line(line)}\n" for line in lines) + recipe_to_yaml(recipe)
