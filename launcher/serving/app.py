@@ -45,10 +45,10 @@ def _add_errors(app: FastAPI) -> None:
 
 def _add_reading(app: FastAPI, service: Service) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def health() -> dict[str, Any]:
         if not service.engine.alive:
             raise ApiError(503, "the model's thread has ended")
-        return {"status": "ok"}
+        return {"status": "ok", **service.engine.load()}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -65,6 +65,11 @@ class Engine:
         """Whether answers can be expected."""
         return self._thread.is_alive()
 
+    def load(self) -> dict[str, int]:
+        """How many answers are made now, and how many wait."""
+        with self._changed:
+            return {"running": sum(1 for _ in self._rows()), "waiting": len(self._waiting)}
+
     def submit(self, row: Row) -> None:
         """Ask for an answer.
 

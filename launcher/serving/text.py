@@ -49,7 +49,8 @@ class Pieces:
         return self._cut(held) if any(stop in held for stop in self._stops) else held
 
     def _new(self) -> str:
-        known = self._decoder.decode(self._ids[self._start : self._read], skip_special_tokens=True)
+        # Only a prompt of tokens can end within a character, which its continuation then completes.
+        known = self._decoder.decode(self._ids[self._start : self._read], skip_special_tokens=True).rstrip(TORN)
         return self._decoder.decode(self._ids[self._start :], skip_special_tokens=True)[len(known) :]
 
     def _release(self, new: str) -> str:

@@ -37,6 +37,14 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option("--grace", type=click.IntRange(min=0), default=30, show_default=True, help="Seconds to end in.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--trust-base", is_flag=True, help="Take adapters that do not say which base they are of.")
+@click.option("--add", multiple=True, metavar="[NAME=]RUN", help="Have a running server (--url) take an adapter.")
+@click.option("--remove", multiple=True, metavar="NAME", help="Have a running server (--url) drop one.")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of that server.")
+@click.option("--slurm", is_flag=True, help="As a Slurm job, with vLLM.")
+@click.option("--site", default="auto", show_default=True, help="With --slurm: the site's profile.")
+@click.option("-p", "--partition", help="With --slurm.")
+@click.option("-t", "--time", "time_min", type=click.IntRange(min=1), help="With --slurm: minutes [480].")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="With --slurm: of one node.")
 @click.option("--dry-run", is_flag=True, help="Print what would be loaded and the memory it takes; load nothing.")
 @json_flag
 @runs_option
@@ -45,6 +53,11 @@ def command(runs: tuple[str, ...], **given: Any) -> None:
     from launcher.errors import RecipeError
     from launcher.runs.serving import Options, serve_request
 
+    if given["add"] or given["remove"]:
+        if runs:
+            raise click.UsageError("--add and --remove change a running server; leave RUN out")
+        _change(given)
+        return
     if not runs:
         raise click.UsageError("name at least one run, tag, adapter folder or model folder")
     options = Options(
@@ -52,15 +65,51 @@ def command(runs: tuple[str, ...], **given: Any) -> None:
         waiting=given["max_waiting"], context=given["context"], body_bytes=given["max_body"], grace_s=given["grace"],
         device=given["device"], trust_base=given["trust_base"], json=given["as_json"],
     )  # fmt: skip
-    if options.host not in _LOOPBACK and options.token_env is None:
+    if options.host not in _LOOPBACK and options.token_env is None and not given["slurm"]:
         raise RecipeError(f"--host {options.host}: others can reach it, so a token is needed: --token-env NAME")
     request = serve_request(
         runs, given["parent"], base=given["base"], base_name=given["base_name"], dtype=given["dtype"], options=options
     )
+    if given["slurm"]:
+        _submit(request, given)
+        return
     if given["dry_run"]:
         _show(request, as_json=given["as_json"])
         return
     _become_server(request)
+
+
+def _change(given: dict[str, Any]) -> None:
+    """Adapters of a running server."""
+    from launcher.runs import serving, serving_client
+
+    for text in given["add"]:
+        if given["dry_run"]:
+            click.echo(f"would add {serving.find_target(text, given['parent']).name}")
+            continue
+        name = serving_client.add(given["url"], text, given["parent"], token_env=given["token_env"])
+        click.echo(f"added {name}")
+    for name in given["remove"]:
+        if not given["dry_run"]:
+            serving_client.remove(given["url"], name, token_env=given["token_env"])
+        click.echo(f"{'would remove' if given['dry_run'] else 'removed'} {name}")
+    click.echo(f"Next: curl {given['url'].rstrip('/').removesuffix('/v1')}/v1/models", err=True)
+
+
+def _submit(request: dict[str, Any], given: dict[str, Any]) -> None:
+    """The same with vLLM, as a job."""
+    from launcher.runs.serving_job import Place, describe, submit
+
+    place = Place(site=given["site"], partition=given["partition"], time_min=given["time_min"], gpus=given["gpus"])
+    if given["dry_run"]:
+        print_json({"schema": 1, **describe(request, place)})
+        return
+    job_id, folder = submit(request, place)
+    if given["as_json"]:
+        print_json({"schema": 1, "job_id": job_id, "folder": str(folder)})
+    else:
+        click.echo(f"submitted job {job_id}: {folder}")
+    click.echo(f"Next: cat {folder}/address.json once the job runs; its log: {folder}/job.out", err=True)
 
 
 def _become_server(request: dict[str, Any]) -> None:

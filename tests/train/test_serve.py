@@ -1,13 +1,15 @@
 """`launcher serve`: a real server process, asked by the real `openai` client."""
 
+import itertools
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import httpx
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.train.adapters import train_adapter
 
 START_S = 180
+LONG = 600
+"""Tokens of an answer that is still being made when something else has been done."""
 TOKEN = "a-token-for-the-test"
 
 
@@ -34,6 +38,10 @@ class Server:
     def client(self, **options):
         """The real client; by default it must not hide a refusal by trying again."""
         return openai.OpenAI(**({"base_url": self.url, "api_key": "none", "max_retries": 0, "timeout": 120} | options))
+
+    def health(self):
+        """What the server says of itself."""
+        return httpx.get(self.url.removesuffix("/v1") + "/health").json()
 
     def post(self, path, body=None, **options):
         """A plain request."""
@@ -107,3 +115,327 @@ def test_rows_of_one_batch_answer_as_each_alone(server, trained):
     for (name, prompt), text in zip(asked, told, strict=True):
         assert text == expected(trained, name, prompt, 24), (name, prompt)
     assert len({text for (_, prompt), text in zip(asked, told, strict=True) if prompt == PROMPTS[0]}) >= 4
+
+
+def test_the_real_client_streams_what_it_would_get_at_once(server):
+    """Chat and completion: text, reasons, counts; the base and two adapters answer differently at the same time."""
+    client = server.client()
+    messages = [{"role": "user", "content": "Repeat: the value"}]
+
+    def both(name):
+        asked = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 20}
+        at_once = client.chat.completions.create(**asked)
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+        assert text == at_once.choices[0].message.content
+        assert reasons[-1] == at_once.choices[0].finish_reason == "length"
+        assert set(reasons[:-1]) == {None}
+        assert chunks[-1].usage == at_once.usage
+        assert at_once.usage.completion_tokens == 20
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert {chunk.model for chunk in chunks} == {name}
+        return text
+
+    with ThreadPoolExecutor(3) as threads:
+        texts = list(threads.map(both, ["base", "red", "blue"]))
+    assert len(set(texts)) == 3
+
+    at_once = complete(server, "red", "a function")
+    streamed = list(complete(server, "red", "a function", stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == at_once.choices[0].text
+
+
+def test_chat_goes_through_the_template_of_the_run(server, trained):
+    """A chat is the completion of the rendered text, without further special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(trained["red"].adapter)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    told = server.client().chat.completions.create(model="red", messages=messages, temperature=0, max_tokens=12)
+    assert told.usage.prompt_tokens == len(ids)
+    assert told.choices[0].message.content == complete(server, "red", ids, 12).choices[0].text
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}]
+    again = server.client().chat.completions.create(
+        model="red", messages=[*parts, messages[1]], temperature=0, max_completion_tokens=12
+    )
+    assert again.choices[0].message.content == told.choices[0].message.content
+
+
+def test_the_models_are_listed_with_their_parent(server, trained):
+    """GET /v1/models, and one of them."""
+    listed = {one.id: one for one in server.client().models.list()}
+    assert list(listed) == ["base", *trained] == server.models
+    assert listed["red"].parent == "base"
+    assert server.client().models.retrieve("red").root == str(trained["red"].adapter)
+    with pytest.raises(openai.NotFoundError):
+        server.client().models.retrieve("green")
+
+
+def test_sampling_is_the_rows_own(server):
+    """The same seed gives the same text whatever else is in the batch; another seed another; a tiny top_p is greedy."""
+    asked = {"temperature": 1.5, "top_p": 0.95, "seed": 7}
+    alone = complete(server, "red", PROMPTS[0], **asked).choices[0].text
+    others = [("blue", {"temperature": 2.0}), ("base", {"seed": 8, "temperature": 1.0})] * 3
+    with ThreadPoolExecutor(7) as threads:
+        for name, options in others:
+            threads.submit(complete, server, name, PROMPTS[2], 64, **options)
+        crowded = threads.submit(complete, server, "red", PROMPTS[0], **asked).result().choices[0].text
+    assert crowded == alone
+    assert complete(server, "red", PROMPTS[0], **(asked | {"seed": 8})).choices[0].text != alone
+    greedy = complete(server, "red", PROMPTS[0]).choices[0].text
+    assert complete(server, "red", PROMPTS[0], temperature=2.0, top_p=1e-9).choices[0].text == greedy
+
+
+def test_an_answer_ends_before_a_stop_sequence(server):
+    """Streamed or not: nothing of the sequence is sent, though it begins within earlier tokens."""
+    text = complete(server, "blue", PROMPTS[0], 32).choices[0].text
+    stop = text[5:9]
+    told = complete(server, "blue", PROMPTS[0], 32, stop=["never in it", stop])
+    assert told.choices[0].text == text[: text.index(stop)]
+    assert told.choices[0].finish_reason == "stop"
+    assert told.usage.completion_tokens < 32
+    streamed = complete(server, "blue", PROMPTS[0], 32, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == told.choices[0].text
+
+
+BAD = [
+    ({"model": "green", "prompt": "x"}, 404, "'green' is not served here"),
+    ({"prompt": "x"}, 400, "model"),
+    ({"model": "red"}, 400, "prompt"),
+    ({"model": "red", "prompt": ""}, 400, "empty"),
+    ({"model": "red", "prompt": ["x", "y"]}, 400, "2 prompts in one request"),
+    ({"model": "red", "prompt": [5, 100_000]}, 400, "no token 100000"),
+    ({"model": "red", "prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+    ({"model": "red", "prompt": "x", "max_tokens": 4000}, 400, "context is 2048 tokens"),
+    ({"model": "red", "prompt": "x", "temperature": 3}, 400, "temperature"),
+    ({"model": "red", "prompt": "x", "temperature": "hot"}, 400, "temperature"),
+    ({"model": "red", "prompt": "x", "n": 2}, 400, "n=2 is not supported here; only 1, null"),
+    ({"model": "red", "prompt": "x", "logprobs": 5}, 400, "logprobs=5"),
+    ({"model": "red", "prompt": "x", "top_k": 5}, 400, "top_k is not supported here"),
+    ({"model": "red", "prompt": "x", "stop": [""]}, 400, "stop"),
+    ({"model": "red", "prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream: true"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "words"), BAD, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_done_is_refused_by_name(server, body, status, words):
+    """OpenAI's form of an error; nothing is ignored."""
+    told = server.post("/completions", body)
+    assert told.status_code == status
+    assert words in told.json()["error"]["message"], told.text
+    assert set(told.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_client_raises_its_own_errors(server):
+    """The classes that programs already catch."""
+    with pytest.raises(openai.NotFoundError) as missing:
+        complete(server, "green", "x")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        complete(server, "red", "x", max_tokens=5000)
+    assert bad.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="image_url"):
+        server.client().chat.completions.create(
+            model="red", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+        )
+
+
+def test_what_changes_nothing_is_taken(server):
+    """Clients send defaults along; those are no reason to refuse."""
+    options = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "somebody"}
+    plain = complete(server, "red", "a function").choices[0].text
+    assert complete(server, "red", "a function", **options).choices[0].text == plain
+
+
+def test_no_page_of_another_host_gets_in(server):
+    """A browser on this machine may be made to send requests here; it cannot choose these headers."""
+    url = f"{server.url}/completions"
+    text = json.dumps({"model": "red", "prompt": "x"})
+    assert httpx.post(url, content=text, headers={"Content-Type": "text/plain"}).status_code == 415
+    assert httpx.get(f"{server.url}/models", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_errors_of_the_protocol_have_the_same_form(server):
+    """What is no JSON, and paths that there are not."""
+    torn = httpx.post(f"{server.url}/completions", content="{", headers={"Content-Type": "application/json"})
+    assert torn.status_code == 400
+    assert torn.json()["error"]["message"].startswith("the body is not JSON")
+    assert httpx.get(f"{server.url}/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+
+
+# ---------------------------------------------------------------- hot swap
+
+
+def stream_of(server, name, tokens=LONG):
+    """A long greedy stream: its first piece has come when this returns."""
+    chunks = complete(server, name, PROMPTS[0], tokens, stream=True)
+    first = next(chunks).choices[0].text
+    return first, chunks
+
+
+def rest(first, chunks):
+    """The whole text of a stream."""
+    return first + "".join(chunk.choices[0].text for chunk in chunks)
+
+
+def test_adapters_come_and_go_while_others_are_answered(server, trained):
+    """Loading disturbs no stream; an unloaded adapter finishes what it began and is 404 for others."""
+    long = {name: complete(server, name, PROMPTS[0], LONG).choices[0].text for name in ("red", "blue")}
+    with pytest.raises(openai.NotFoundError):
+        complete(server, "spare", "x")
+    under_way = stream_of(server, "red")
+    load = {"lora_name": "spare", "lora_path": str(trained["blue"].adapter)}
+    assert server.post("/load_lora_adapter", load).text == "Success: LoRA adapter 'spare' added successfully."
+    assert complete(server, "spare", PROMPTS[0], LONG).choices[0].text == long["blue"]
+    spare = stream_of(server, "spare")
+    assert server.post("/unload_lora_adapter", {"lora_name": "spare"}).status_code == 200
+    assert server.health()["running"] > 0, "its stream had ended before it was unloaded: make it longer"
+    with pytest.raises(openai.NotFoundError):
+        complete(server, "spare", "x")
+    assert rest(*spare) == long["blue"]
+    assert rest(*under_way) == long["red"]
+
+
+def test_a_name_may_come_back_as_another_adapter(server, trained):
+    """At once, while the old one still answers: each keeps its own weights."""
+    load = {"lora_name": "spare", "lora_path": str(trained["red"].adapter)}
+    assert server.post("/load_lora_adapter", load).status_code == 200
+    again = server.post("/load_lora_adapter", load)
+    assert again.status_code == 400
+    assert "served already" in again.json()["error"]["message"]
+    old = stream_of(server, "spare")
+    server.post("/unload_lora_adapter", {"lora_name": "spare"})
+    server.post("/load_lora_adapter", {"lora_name": "spare", "lora_path": str(trained["dora"].adapter)})
+    new = complete(server, "spare", PROMPTS[0], LONG).choices[0].text
+    server.post("/unload_lora_adapter", {"lora_name": "spare"})
+    assert rest(*old) == complete(server, "red", PROMPTS[0], LONG).choices[0].text
+    assert new == complete(server, "dora", PROMPTS[0], LONG).choices[0].text
+
+
+def test_adapters_that_do_not_belong_here_are_refused_and_leave_no_trace(server, trained, tmp_path):
+    """Another base, another kind, a torn file, another shape: the reason, and the others answer as before."""
+    before = complete(server, "red", PROMPTS[0]).choices[0].text
+    other = train_adapter(tmp_path / "other", "lora", **{"model.revision": None})
+    base = AutoModelForCausalLM.from_pretrained(other.base)
+    with torch.no_grad():
+        base.model.norm.weight += 1
+    base.save_pretrained(other.base)
+    foreign = train_adapter(tmp_path / "other", "lora")
+    adalora = train_adapter(tmp_path / "adalora", "adalora")
+    torn = tmp_path / "torn"
+    shutil.copytree(trained["red"].adapter, torn)
+    weights = torn / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused = {
+        str(foreign.adapter): "weights are not those that",
+        str(adalora.adapter): "a ADALORA adapter cannot stand beside others",
+        str(torn): "no adapter that can be opened",
+        str(tmp_path / "nothing"): "no adapter that can be opened",
+    }
+    for folder, words in refused.items():
+        told = server.post("/load_lora_adapter", {"lora_name": "spare", "lora_path": folder})
+        assert told.status_code == 400
+        assert words in told.json()["error"]["message"], told.text
+    assert server.post("/unload_lora_adapter", {"lora_name": "spare"}).status_code == 404
+    assert server.post("/unload_lora_adapter", {"lora_name": "base"}).status_code == 400
+    assert complete(server, "red", PROMPTS[0]).choices[0].text == before
+
+
+def test_the_verb_changes_a_running_server(server, trained):
+    """`launcher serve --add` and `--remove`; what the server refuses ends with exit code 2."""
+
+    def verb(*words):
+        command = [sys.executable, "-m", "launcher.cli", "serve", "--url", server.url, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert verb("--add", f"green={trained['blue'].adapter}").returncode == 0
+    assert complete(server, "green", PROMPTS[0]).choices[0].text == complete(server, "blue", PROMPTS[0]).choices[0].text
+    assert verb("--remove", "green").returncode == 0
+    gone = verb("--remove", "green")
+    assert gone.returncode == 2
+    assert "'green' is not served here" in gone.stderr
+
+
+# ---------------------------------------------------------------- doors, limits, the end
+
+
+@pytest.fixture
+def narrow(trained):
+    """A server for one answer at a time, with a token."""
+    env = {"SERVE_TEST_TOKEN": TOKEN}
+    options = ["--token-env", "SERVE_TEST_TOKEN", "--max-rows", "1", "--max-waiting", "1", "--max-body", "10000"]
+    running = start(f"red={trained['red'].adapter}", *options, env=env)
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+def test_a_token_is_needed_limits_hold_and_the_end_is_orderly(narrow):
+    """401 for strangers, 413 and 429 for what is too much; SIGTERM lets the answer under way finish, exit code 0."""
+    assert narrow.models == ["model", "red"]
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        told = narrow.post("/completions", {"model": "red", "prompt": "x"}, headers=headers)
+        assert told.status_code == 401
+        assert told.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(openai.AuthenticationError):
+        narrow.client().models.list()
+    assert narrow.health() == {"status": "ok", "running": 0, "waiting": 0}
+
+    client = narrow.client(api_key=TOKEN)
+    asked = {"model": "red", "prompt": PROMPTS[0], "temperature": 0}
+    whole = client.completions.create(**asked, max_tokens=LONG).choices[0].text
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(**(asked | {"prompt": "x" * 20_000}))
+    assert large.value.status_code == 413
+
+    chunks = client.completions.create(**asked, max_tokens=LONG, stream=True)
+    first = next(chunks).choices[0].text
+    with ThreadPoolExecutor(4) as threads:
+        crowd = [threads.submit(client.completions.create, **asked, max_tokens=1) for _ in range(4)]
+        refused = [one.exception() for one in itertools.islice(as_completed(crowd), 3)]
+        assert {error.status_code for error in refused} == {429}
+        assert narrow.health() == {"status": "ok", "running": 1, "waiting": 1}
+        narrow.process.send_signal(signal.SIGTERM)
+        assert rest(first, chunks) == whole
+        assert sum(one.exception() is None for one in crowd) == 1, "who waited is answered, too"
+    assert narrow.process.wait(timeout=60) == 0
+
+
+def test_a_whole_model_is_served_alone_and_ctrl_c_ends_it(trained):
+    """No adapter at first, one later; Ctrl-C has the exit code of an interruption."""
+    running = start(f"whole={trained['red'].base}")
+    try:
+        assert running.models == ["whole"]
+        assert complete(running, "whole", PROMPTS[1]).choices[0].text == expected(trained, "base", PROMPTS[1], 24)
+        load = {"lora_name": "blue", "lora_path": str(trained["blue"].adapter)}
+        assert running.post("/load_lora_adapter", load).status_code == 200
+        assert complete(running, "blue", PROMPTS[1]).choices[0].text == expected(trained, "blue", PROMPTS[1], 24)
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(timeout=60) == 130
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(trained, tmp_path):
+    """Exit codes of the interface: no token, no such variable, another base, an answer of two names."""
+
+    def refused(*words):
+        command = [sys.executable, "-m", "launcher.cli", "serve", "--port", "0", *map(str, words)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        return ran.returncode, ran.stderr
+
+    red = trained["red"].adapter
+    assert refused(f"red={red}", "--host", "0.0.0.0")[0] == 2
+    code, said = refused(f"red={red}", "--token-env", "NOT_SET_ANYWHERE")
+    assert (code, "NOT_SET_ANYWHERE is not set" in said) == (2, True)
+    other = train_adapter(tmp_path, "lora", **{"model.revision": None})
+    base = AutoModelForCausalLM.from_pretrained(other.base)
+    with torch.no_grad():
+        base.model.norm.weight += 1
+    base.save_pretrained(other.base)
+    foreign = train_adapter(tmp_path, "lora")
+    code, said = refused(f"red={red}", f"foreign={foreign.adapter}")
+    assert code == 7
+    assert "red was trained on model (fingerprint" in said
+    assert "foreign on model (fingerprint" in said

@@ -1,0 +1,233 @@
+"""The serving engine without HTTP: every kind of attention and of base gives in a batch what each row gives alone."""
+
+import json
+import threading
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from launcher.serving.engine import Engine, Limits
+from launcher.serving.model import Served, load_base
+from launcher.serving.names import BASE, Entry
+from launcher.serving.opened import BaseFacts, open_adapter
+from launcher.serving.rows import Broken, Finished, Piece, Row
+from launcher.serving.sampling import Sampling
+from launcher.serving.text import Pieces
+from tests.train.adapters import train_adapter
+
+VOCAB = 128
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16,
+         "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
+           "shared_expert_intermediate_size": 32}  # fmt: skip
+GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "eos_token_id": None}
+EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
+MODELS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "mistral, window 8": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+    "gemma3, window 8": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=EVERY_OTHER),
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(**SIZES, **LINEAR, **EXPERTS),
+}
+
+
+class FakeDecoder:
+    """Writes the number of each token, so that texts are equal only where tokens are."""
+
+    def decode(self, token_ids, **_):
+        return "".join(f"{token} " for token in token_ids)
+
+
+class Told:
+    """One row's sink."""
+
+    def __init__(self):
+        self.text, self.last, self.done = "", None, threading.Event()
+
+    def __call__(self, event):
+        if isinstance(event, Piece):
+            self.text += event.text
+        else:
+            self.last = event
+            self.done.set()
+
+    @property
+    def tokens(self):
+        return [int(word) for word in self.text.split()]
+
+
+def row(entry, prompt, tokens=20, **sampling):
+    """A greedy row."""
+    greedy_or = Sampling(**({"temperature": 0.0} | sampling))
+    return Row(entry=entry, prompt=list(prompt), most_tokens=tokens, sampling=greedy_or, ends=frozenset(),
+               pieces=Pieces(FakeDecoder(), [], ()), sink=Told())  # fmt: skip
+
+
+def answered(engine, rows):
+    """The rows' sinks when all have their answers."""
+    for one in rows:
+        engine.submit(one)
+    for one in rows:
+        assert one.sink.done.wait(120)
+    return [one.sink for one in rows]
+
+
+def entry(name="base", key=BASE, **facts):
+    """A name and what it stands for."""
+    return Entry(name=name, key=key, tokenizer=None, folder="", **facts)
+
+
+def prompts():
+    """Prompts of different lengths, one longer than the windows."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(5, VOCAB, (length,), generator=generator).tolist() for length in (3, 21, 11, 1)]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_rows_of_different_lengths_answer_as_alone(family):
+    """Whole attention, learned positions, windows, and states that no padding can be put before."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[family]()).eval()
+    served = Served(model, "cpu")
+    assert served.can_join == (family != "qwen3-next")
+    engine = Engine(served, Limits(rows=3, waiting=8))
+    rows = [row(entry(), prompt, tokens) for prompt, tokens in zip(prompts(), (30, 20, 5, 25), strict=True)]
+    engine.start()
+    try:
+        told = answered(engine, rows)
+    finally:
+        engine.stop()
+    for one, sink in zip(rows, told, strict=True):
+        ids = torch.tensor([one.prompt])
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=one.most_tokens, do_sample=False
+        )
+        assert sink.tokens == alone[0, ids.shape[1] :].tolist()
+        assert sink.last == Finished("length", one.most_tokens)
+
+
+def test_a_qlora_adapter_answers_on_its_4_bit_base(tmp_path):
+    """Held in 4 bits as in training, beside rows of the 4-bit base itself; on a plain base it is refused."""
+    trained = train_adapter(tmp_path, "qlora")
+    quantization = open_lineage(trained.adapter)["quantization"]
+    base = load_base(trained.base, dtype="fp32", quantization=quantization, device="cpu")
+    facts = BaseFacts(folder=trained.base, quantization=quantization, any_rounding=False)
+    served = Served(base, "cpu")
+    served.add("adapter_1_", open_adapter(trained.adapter, facts, trusted=False))
+    engine = Engine(served, Limits(rows=4, waiting=8))
+    rows = [row(named, prompt) for prompt in prompts()[:2] for named in (entry(), entry("bot", "adapter_1_"))]
+    engine.start()
+    try:
+        told = answered(engine, rows)
+    finally:
+        engine.stop()
+    alone = load_base(trained.base, dtype="fp32", quantization=quantization, device="cpu")
+    plain = [greedy(alone, one.prompt) for one in rows]
+    tuned = PeftModel.from_pretrained(alone, trained.adapter).eval()
+    for one, sink, base_alone in zip(rows, told, plain, strict=True):
+        assert sink.tokens == (base_alone if one.entry.key == BASE else greedy(tuned, one.prompt))
+    from launcher.errors import ConflictError
+
+    with pytest.raises(ConflictError, match="in 4 bits"):
+        open_adapter(
+            trained.adapter, BaseFacts(folder=trained.base, quantization=None, any_rounding=False), trusted=False
+        )
+
+
+def open_lineage(folder):
+    """What an adapter says of itself."""
+    from launcher.facts.adapters import read_adapter_facts
+
+    return read_adapter_facts(folder).lineage
+
+
+def greedy(model, prompt, tokens=20):
+    """Tokens by the library's own generate."""
+    ids = torch.tensor([prompt])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    return made[0, ids.shape[1] :].tolist()
+
+
+def test_a_failure_ends_the_rows_it_hits_and_no_others():
+    """A prompt that the model cannot read; the engine goes on."""
+    torch.manual_seed(0)
+    served = Served(AutoModelForCausalLM.from_config(MODELS["llama"]()).eval(), "cpu")
+    engine = Engine(served, Limits(rows=1, waiting=8))
+    bad, good = row(entry(), [VOCAB + 5]), row(entry(), prompts()[0])
+    engine.start()
+    try:
+        told = answered(engine, [bad, good])
+    finally:
+        engine.stop()
+    assert isinstance(told[0].last, Broken)
+    assert told[1].last == Finished("length", 20)
+
+
+def test_who_has_gone_makes_room():
+    """A cancelled row leaves at the next step, and one that waits is never begun."""
+    torch.manual_seed(0)
+    served = Served(AutoModelForCausalLM.from_config(MODELS["llama"]()).eval(), "cpu")
+    engine = Engine(served, Limits(rows=1, waiting=8))
+    endless, waiting, last = (row(entry(), prompts()[0], tokens) for tokens in (10**9, 10**9, 3))
+    engine.start()
+    try:
+        for one in (endless, waiting, last):
+            engine.submit(one)
+        waiting.cancelled = endless.cancelled = True
+        assert last.sink.done.wait(60)
+    finally:
+        engine.stop()
+    assert waiting.sink.text == ""
+
+
+def test_the_last_adapter_leaves_the_base_as_it_was(tmp_path):
+    """Added and dropped again, twice: no wrapper and no weight of it stays."""
+    trained = train_adapter(tmp_path, "lora")
+    base = load_base(trained.base, dtype="fp32", quantization=None, device="cpu")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    facts = BaseFacts(folder=trained.base, quantization=None, any_rounding=False)
+    served = Served(base, "cpu")
+    for key in ("adapter_1_", "adapter_2_"):
+        served.add(key, open_adapter(trained.adapter, facts, trusted=False))
+        assert any("lora_A" in name for name in base.state_dict())
+        served.drop(key)
+        after = base.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_of_another_shape_is_refused_and_undone(tmp_path):
+    """An adapter without lineage, trusted by the user, whose factors fit no module here."""
+    from safetensors.torch import load_file, save_file
+
+    from launcher.errors import ModelError
+
+    trained = train_adapter(tmp_path, "lora")
+    path = trained.adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    odd = next(name for name in weights if "down_proj.lora_A" in name)
+    save_file(weights | {odd: weights[odd][:, :-1].contiguous()}, path, metadata={"format": "pt"})
+    base = load_base(trained.base, dtype="fp32", quantization=None, device="cpu")
+    names = list(base.state_dict())
+    served = Served(base, "cpu")
+    facts = BaseFacts(folder=trained.base, quantization=None, any_rounding=False)
+    with pytest.raises(ModelError, match="fit no module of this base, such as"):
+        served.add("adapter_1_", open_adapter(trained.adapter, facts, trusted=True))
+    config = json.loads((trained.adapter / "adapter_config.json").read_text())
+    save_file({name: tensor for name, tensor in weights.items() if name != odd}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 tensors do not load"):
+        served.add("adapter_2_", open_adapter(trained.adapter, facts, trusted=True))
+    assert config["r"] == 8
+    assert list(base.state_dict()) == names
