@@ -21,6 +21,8 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Path] = {}
+        self.branches: dict[tuple[str, str, str], Path] = {}
+        """(kind, id, branch or tag) -> folder; `main` and commits need none."""
         self.asked: list[tuple[str, str, str | None]] = []
         """(method, path, Range) of every request."""
         self.tokens: set[str | None] = set()
@@ -56,6 +58,13 @@ class FakeHub:
         """Publish a folder; returns its commit, which changes with the content."""
         self.repos[(kind, name)] = folder
         return self.commit(folder)
+
+    def at(self, kind: str, name: str, revision: str) -> Path | None:
+        """The folder of a branch, a tag or a commit."""
+        main = self.repos[(kind, name)]
+        branches = {"main": main} | {key[2]: one for key, one in self.branches.items() if key[:2] == (kind, name)}
+        by_commit = {self.commit(one): one for one in branches.values()}
+        return branches.get(revision) or by_commit.get(revision)
 
     @staticmethod
     def commit(folder: Path) -> str:
@@ -118,10 +127,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def _refused(self, kind: str, name: str, revision: str) -> bool:
             status, code = hub.refuse.get(name, (0, ""))
-            folder = hub.repos.get((kind, name))
-            if not status and folder is None:
+            if not status and (kind, name) not in hub.repos:
                 status, code = 404, "RepoNotFound"
-            elif not status and folder is not None and revision not in ("main", hub.commit(folder)):
+            elif not status and hub.at(kind, name, revision) is None:
                 status, code = 404, "RevisionNotFound"
             if status:
                 self._send(status, b"{}", {"X-Error-Code": code})
@@ -129,13 +137,13 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def _list(self, kind: str, name: str, revision: str) -> None:
             if not self._refused(kind, name, revision):
-                document = hub.listing(hub.repos[(kind, name)])
+                document = hub.listing(hub.at(kind, name, revision))
                 self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
         def _file(self, kind: str, name: str, revision: str, file: str, *, body: bool) -> None:
             if self._refused(kind, name, revision):
                 return
-            folder = hub.repos[(kind, name)]
+            folder = hub.at(kind, name, revision)
             if not (folder / file).is_file():
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit(folder)})
                 return

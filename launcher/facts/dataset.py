@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import DataError, ModelError, raise_all
-from launcher.facts.files import is_dataset_id
+from launcher.facts.files import described, is_dataset_id
 from launcher.facts.formats import Example, read_examples
 from launcher.facts.lengths import Bin, Weighted, histogram, quantile, standard_error
 from launcher.facts.split import held_out_rows
@@ -205,7 +205,8 @@ def _hint(source: DataSource, limit: int) -> SourceFacts:
     import yaml
 
     table = yaml.safe_load(_HINTS.read_text(encoding="utf-8"))
-    known = table.get(source.path, {}).get(source.split)
+    plain = source.config is None and source.revision is None  # what the table's counts are of
+    known = table.get(source.path, {}).get(source.split) if plain else None
     if known is None:
         return _assumed(source, limit)
     mean = min(known["mean_tokens"], limit)
@@ -226,6 +227,6 @@ def _assumed(source: DataSource, limit: int) -> SourceFacts:
         basis="assumed",
         mean_kept=mean,
         max_tokens=limit,
-        notice=f"{source.path} (split {source.split}) is neither on this machine nor in the table of known data sets: "
+        notice=f"{described(source)} is neither on this machine nor in the table of known data sets: "
         f"assumed {ASSUMED_ROWS:,} rows of {mean} tokens; time and cost follow from that",
     )

@@ -39,6 +39,13 @@ def is_dataset_id(path: str) -> bool:
     return bool(_ID.fullmatch(path)) and not plain.lower().endswith(SUFFIXES) and not _exists(Path(path))
 
 
+def described(source: DataSource) -> str:
+    """A data-set id in messages: with its split, and configuration and revision where they are named."""
+    parts = [f"split {source.split}", *(f"{key} {value}" for key in ("config", "revision")
+                                        if (value := getattr(source, key)) is not None)]  # fmt: skip
+    return f"{source.path} ({', '.join(parts)})"
+
+
 def data_files(source: DataSource) -> list[Path]:
     """The files a local source consists of, in the order they are read.
 
@@ -52,6 +59,7 @@ def data_files(source: DataSource) -> list[Path]:
         raise DataError(f"{source.path}: no such file or folder{_nearest(path)}")
     if path.is_dir():
         return _folder_files(path, source)
+    _refuse_other(source, None, [], default=True)
     if kind(path) not in SUFFIXES:
         raise DataError(f"{source.path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
     return [path]
@@ -65,12 +73,12 @@ def _exists(path: Path) -> bool:
 
 
 def _folder_files(folder: Path, source: DataSource) -> list[Path]:
+    if (named := _named_files(folder, source)) is not None:
+        return named
     if (folder / "dataset_dict.json").is_file():
         folder = _split_folder(folder, source)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_files(folder)
-    if (named := _named_files(folder, source)) is not None:
-        return named
     found = sorted(
         path
         for path in folder.rglob("*")
@@ -100,19 +108,38 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _named_files(folder: Path, source: DataSource) -> list[Path] | None:
-    """Files of the split, where a staged folder's manifest names them; None where it leaves that to their names."""
+    """Files of the split, where a staged folder's manifest names them; None where it leaves that to their names.
+
+    Raises:
+        DataError: the folder is of another revision, or has not the configuration or the split.
+    """
     try:
-        splits = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        staged = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        commit, configs = staged.get("revision"), staged.get("configs") or {}
+        splits = configs[source.config] if source.config in configs else staged["splits"]
         named = (
             None
             if splits is None
             else {str(split): [folder / path for path in paths] for split, paths in splits.items()}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        commit, configs, named = None, {}, None
+    _refuse_other(source, commit, list(configs), default=named is not None)
     if named is not None and source.split not in named:
         raise DataError(f"{source.path}: no split {source.split!r}; it has {', '.join(named)}")
     return None if named is None else named[source.split]
+
+
+def _refuse_other(source: DataSource, commit: str | None, configs: list[str], *, default: bool) -> None:
+    """Revision and configuration are of data-set ids: a folder has them when it was staged from one, or not at all."""
+    if source.revision is not None and source.revision != commit:
+        has = f"is of revision {commit}" if commit else "is not a data set of the hub"
+        raise DataError(f"{source.path}: revision {source.revision} was asked for, and this folder {has}; leave it out")
+    if source.config is not None and source.config not in configs:
+        has = f"has {', '.join(configs)}" if configs else "has none; name the folder or files that are meant"
+        raise DataError(f"{source.path}: no configuration {source.config!r}; this folder {has}")
+    if source.config is None and configs and not default:
+        raise DataError(f"{source.path}: has several configurations ({', '.join(configs)}); say which with config")
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:

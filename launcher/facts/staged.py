@@ -139,8 +139,16 @@ def with_staged(recipe: Recipe, cache: Path) -> Recipe:
 
 
 def _source(source: DataSource, cache: Path) -> DataSource:
-    found = find(cache, "dataset", source.path, None) if is_dataset_id(source.path) else None
-    return source if found is None else replace(source, path=str(found.path))
+    found = find(cache, "dataset", source.path, source.revision) if is_dataset_id(source.path) else None
+    if found is None or not holds(found.manifest, source.config):
+        return source
+    return replace(source, path=str(found.path), revision=found.commit)
+
+
+def holds(manifest: Mapping[str, Any], config: str | None) -> bool:
+    """Whether a staged data set has the configuration, None being the one that is read by default."""
+    configs = manifest.get("configs") or {}
+    return config in configs if config is not None else bool(manifest.get("splits")) or not configs
 
 
 def needs_no_hub(recipe: Recipe) -> bool:

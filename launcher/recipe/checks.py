@@ -192,6 +192,10 @@ class _Checker:
         self.choice(f"{path}.format", source.format, FORMATS)
         if not source.path.strip():
             self.refuse(f"{path}.path", "expected a file, a folder or a data-set id, found nothing")
+        for key in ("revision", "config"):
+            value = getattr(source, key)
+            if value is not None and not value.strip():
+                self.refuse(f"{path}.{key}", "expected a name, found nothing; leave it out")
         if not _POSITIVE[0](source.weight):
             self.refuse(f"{path}.weight", f"expected {_POSITIVE[1]}, found {source.weight}")
 

@@ -85,6 +85,10 @@ class DataSource:
     """File (jsonl, json, parquet, csv, txt), folder of such files, or a data-set id."""
     split: str = "train"
     """Split of a data-set id; files have none."""
+    revision: str | None = None
+    """Branch, tag or commit of a data-set id; a commit hash once staged."""
+    config: str | None = None
+    """Configuration of a data-set id, as its card names it (`name` of datasets.load_dataset)."""
     format: str = AUTO
     """One of FORMATS."""
     weight: float = 1.0

@@ -12,7 +12,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ class Fetch:
     files: tuple[RemoteFile, ...]
     """All that belong into the folder, with sizes and hashes."""
     splits: dict[str, list[str]] | None
+    configs: dict[str, dict[str, list[str]]] | None
     target: Path
     kept: frozenset[str]
     """Paths in `target` that are right."""
@@ -114,8 +115,13 @@ def plan_fetch(repo: Repository, wanted: Wanted, cache: Path, *, verify: bool) -
     files = tuple(hub.completed(repo, path) for path in wanted.paths)
     whole = read_manifest(target) is not None
     kept = frozenset(one.path for one in files if whole and _is_right(target / one.path, one, verify=verify))
-    splits = None if wanted.splits is None else {split: list(paths) for split, paths in wanted.splits.items()}
-    return Fetch(repo=repo, files=files, splits=splits, target=target, kept=kept)
+    splits = None if wanted.splits is None else _lists(wanted.splits)
+    configs = None if wanted.configs is None else {name: _lists(one) for name, one in wanted.configs.items()}
+    return Fetch(repo=repo, files=files, splits=splits, configs=configs, target=target, kept=kept)
+
+
+def _lists(splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {split: list(paths) for split, paths in splits.items()}
 
 
 def _is_right(path: Path, wanted: RemoteFile, *, verify: bool) -> bool:
@@ -163,7 +169,7 @@ def carry_out(fetch: Fetch, progress: Progress) -> None:
 
 def _unchanged(fetch: Fetch) -> bool:
     manifest = read_manifest(fetch.target) or {}
-    return manifest.get("splits") == fetch.splits
+    return manifest.get("splits") == fetch.splits and manifest.get("configs") == fetch.configs
 
 
 @contextlib.contextmanager
@@ -228,6 +234,7 @@ def _publish(fetch: Fetch, fetched: dict[str, Digest]) -> None:
     document = manifest(fetch.repo.kind, fetch.repo.id, fetch.repo.commit, files) | {
         "asked_revision": fetch.repo.asked,
         "splits": fetch.splits,
+        "configs": fetch.configs,
     }
     shutil.rmtree(fetch.partial / hub.UNFINISHED, ignore_errors=True)
     repairs = read_manifest(fetch.target) is not None
@@ -294,4 +301,6 @@ def from_manifest(kind: Kind, name: str, path: Path) -> Fetch | None:
     asked = str(document.get("asked_revision") or document["revision"])
     repo = Repository(kind=kind, id=name, asked=asked, commit=str(document["revision"]), files=files)
     kept = frozenset(one.path for one in files)
-    return Fetch(repo=repo, files=files, splits=document.get("splits"), target=path, kept=kept)
+    return Fetch(
+        repo=repo, files=files, splits=document.get("splits"), configs=document.get("configs"), target=path, kept=kept
+    )

@@ -19,7 +19,7 @@ from launcher.facts.train_environment import ask, train_python
 from launcher.planning.plan import Candidate
 from launcher.planning.prepare import Planned
 from launcher.recipe.dump import recipe_to_yaml
-from launcher.recipe.schema import Recipe, ValidationSpec
+from launcher.recipe.schema import DataSource, Recipe, ValidationSpec
 from launcher.runs.folder import RunFolder
 from launcher.runs.status import cancel
 
@@ -108,13 +108,13 @@ def with_material(recipe: Recipe, made: dict[str, Any], folder: Path) -> Recipe:
     """The recipe with the small model and the files that were made."""
     paths = iter(made["paths"])
     data = recipe.data
-    train = tuple(replace(source, path=next(paths), split="train") for source in data.train)
+    train = tuple(_from_head(source, next(paths)) for source in data.train)
     validation = data.validation
     if validation.source is not None:
-        validation = ValidationSpec(source=replace(validation.source, path=next(paths), split="train"))
+        validation = ValidationSpec(source=_from_head(validation.source, next(paths)))
     elif validation.share is not None or validation.count is not None:
         validation = ValidationSpec(count=min(_HELD_OUT_ROWS, max(1, _lines(train[0].path) // 4)))
-    retention = None if data.retention is None else replace(data.retention, path=next(paths), split="train")
+    retention = None if data.retention is None else _from_head(data.retention, next(paths))
     return replace(
         recipe,
         name=f"rehearsal-{recipe.name}",
@@ -122,6 +122,11 @@ def with_material(recipe: Recipe, made: dict[str, Any], folder: Path) -> Recipe:
         data=replace(data, train=train, validation=validation, retention=retention),
         output_dir=str(folder),
     )
+
+
+def _from_head(source: DataSource, path: str) -> DataSource:
+    """The source, read from the file that its first rows were written to."""
+    return replace(source, path=path, split="train", revision=None, config=None)
 
 
 def _lines(path: str) -> int:

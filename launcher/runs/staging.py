@@ -16,7 +16,17 @@ from launcher.facts import hub
 from launcher.facts.files import is_dataset_id
 from launcher.facts.places import place
 from launcher.facts.site import Site, site_facts
-from launcher.facts.staged import Kind, cache_folder, find, is_commit, is_model_id, sources
+from launcher.facts.staged import (
+    Kind,
+    cache_folder,
+    find,
+    holds,
+    is_commit,
+    is_model_id,
+    read_manifest,
+    repository,
+    sources,
+)
 from launcher.recipe.load import load_recipe_with_notices
 from launcher.recipe.schema import Recipe
 from launcher.runs import fetching, recording, wanted
@@ -110,12 +120,12 @@ def _data(recipe: Recipe, cache: Path, found: _Found, copy: bool, verify: bool) 
     seen = set[tuple[str, str]]()
     for source in sources(recipe):
         named = is_dataset_id(source.path)
-        if (key := (source.path, "" if named else source.split)) in seen:
+        if (key := (source.path, (source.revision or "") if named else source.split)) in seen:
             continue
         seen.add(key)
         try:
             if named:
-                found.fetches.append(_from_hub("dataset", source.path, None, recipe, cache, found, verify))
+                found.fetches.append(_from_hub("dataset", source.path, source.revision, recipe, cache, found, verify))
             else:
                 found.locals.append(recording.local_data(source, cache, copy=copy, verify=verify))
         except LauncherError as error:
@@ -137,12 +147,15 @@ def _from_hub(
     """What is to be fetched of an id. A commit that is staged whole needs no hub; a branch may have moved on."""
     staged = find(cache, kind, name, revision)
     whole = None if staged is None else fetching.from_manifest(kind, name, staged.path)
+    needed = _needed(recipe, name, revision) if kind == "dataset" else {}
+    if staged is not None and not all(holds(staged.manifest, config) for config in needed):
+        whole = None
     if whole is not None and is_commit(revision) and not verify:
         return whole
     try:
         repo = hub.repository(kind, name, revision)
         with tempfile.TemporaryDirectory() as scratch:
-            chosen = _chosen(repo, recipe, Path(scratch))
+            chosen = _chosen(repo, recipe, _with_staged(needed, repo, cache), Path(scratch))
         found.notices += chosen.notices
         return fetching.plan_fetch(repo, chosen, cache, verify=verify)
     except TemporaryError as away:
@@ -154,14 +167,33 @@ def _from_hub(
         return whole
 
 
-def _chosen(repo: hub.Repository, recipe: Recipe, scratch: Path) -> wanted.Wanted:
+def _needed(recipe: Recipe, name: str, revision: str | None) -> dict[str | None, tuple[str, ...]]:
+    """Configuration -> splits that the recipe reads of one data set at one revision."""
+    asked: dict[str | None, tuple[str, ...]] = {}
+    for one in sources(recipe):
+        if (one.path, one.revision) == (name, revision):
+            asked[one.config] = tuple(dict.fromkeys([*asked.get(one.config, ()), one.split]))
+    return asked
+
+
+def _with_staged(
+    needed: dict[str | None, tuple[str, ...]], repo: hub.Repository, cache: Path
+) -> dict[str | None, tuple[str, ...]]:
+    """With the configurations that are staged of this commit: other recipes train from them."""
+    there = read_manifest(repository(cache, repo.kind, repo.id) / repo.commit) or {}
+    held: list[str | None] = [*(there.get("configs") or {}), *([None] if there.get("splits") else [])]
+    return dict.fromkeys(held, ()) | needed
+
+
+def _chosen(
+    repo: hub.Repository, recipe: Recipe, needed: dict[str | None, tuple[str, ...]], scratch: Path
+) -> wanted.Wanted:
     def read(path: str) -> bytes:
         return hub.fetch(repo, path, scratch, lambda _: None).read_bytes()
 
     if repo.kind == "model":
         return wanted.model_files(repo, read, trust_remote_code=recipe.model.trust_remote_code)
-    splits = tuple(dict.fromkeys(one.split for one in sources(recipe) if one.path == repo.id))
-    return wanted.dataset_files(repo, read, splits)
+    return wanted.dataset_files(repo, read, needed)
 
 
 def _refuse_full_disk(staging: Staging) -> None:

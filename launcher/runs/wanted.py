@@ -33,7 +33,9 @@ class Wanted:
 
     paths: tuple[str, ...]
     splits: Mapping[str, tuple[str, ...]] | None = None
-    """Of a data set whose card says so: split -> files, in reading order."""
+    """Of a data set whose card says so: split -> files of the configuration read by default, in reading order."""
+    configs: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None
+    """Configuration -> the same, for those that were asked for by name."""
     notices: tuple[str, ...] = field(default=())
 
 
@@ -111,29 +113,37 @@ def _code_problems(repo: Repository, config: Mapping[str, Any], *, trust_remote_
         )
 
 
-def dataset_files(repo: Repository, read: Read, splits: tuple[str, ...]) -> Wanted:
+def dataset_files(repo: Repository, read: Read, asked: Mapping[str | None, tuple[str, ...]]) -> Wanted:
     """Data files of a data set: those its card names, else every file that the launcher's reader reads.
 
+    `asked`: configuration -> splits that are needed of it; None is the configuration read by default.
+
     Raises:
-        DataError: it has a loading script, several configurations, nothing readable, or lacks one of `splits`.
+        DataError: it has a loading script, nothing readable, no such configuration, or lacks a split.
     """
     script = f"{repo.id.split('/')[-1]}.py"
     if script in repo.paths:
         raise DataError(
             f"{repo.where}: is read by a script ({script}), which is never run; many such data sets have a revision "
-            "with plain files (refs/convert/parquet): download that, and give its folder"
+            "with plain files (revision: refs/convert/parquet)"
         )
-    named = _card_splits(repo, read)
-    if named is None:
+    card = _card_configs(repo, read)
+    named = {config: _splits_of(repo, _chosen(repo, card, config)["data_files"]) for config in asked if card or config}
+    problems = [
+        f"{repo.where}: no split {', '.join(missing)}{f' in configuration {config}' if config else ''}; its card names "
+        f"{', '.join(named[config])}"
+        for config, splits in asked.items()
+        if config in named and (missing := [split for split in splits if split not in named[config]])
+    ]
+    raise_all(DataError, problems)
+    if not named:
         return _plain_files(repo)
-    missing = [split for split in splits if split not in named]
-    if missing:
-        raise DataError(f"{repo.where}: no split {', '.join(missing)}; its card names {', '.join(named)}")
-    unread = [path for paths in named.values() for path in paths if kind(Path(path)) not in SUFFIXES]
+    paths = tuple(dict.fromkeys(path for splits in named.values() for found in splits.values() for path in found))
+    unread = [path for path in paths if kind(Path(path)) not in SUFFIXES]
     if unread:
         raise DataError(f"{repo.where}: cannot read {_some(unread)}; expected {', '.join(SUFFIXES)}")
-    paths = tuple(dict.fromkeys(path for found in named.values() for path in found))
-    return Wanted(paths=paths, splits=named)
+    configs = {config: splits for config, splits in named.items() if config is not None}
+    return Wanted(paths=paths, splits=named.get(None), configs=configs or None)
 
 
 def _plain_files(repo: Repository) -> Wanted:
@@ -156,34 +166,43 @@ def _is_data(path: str) -> bool:
     return kind(Path(path)) in SUFFIXES and parts.name not in SIDE_FILES and not hidden and not note
 
 
-def _card_splits(repo: Repository, read: Read) -> dict[str, tuple[str, ...]] | None:
-    """Split -> files of the configuration that is read by default; None where the card names none."""
+def _card_configs(repo: Repository, read: Read) -> list[Mapping[str, Any]]:
+    """The configurations whose files the card names; empty where it names none."""
     import yaml
 
     listed = repo.file("README.md")
     if listed is None or (listed.size_bytes or 0) > _CARD_BYTES:
-        return None
+        return []
     text = read("README.md").decode("utf-8", errors="replace")
     if not text.startswith("---"):
-        return None
+        return []
     try:
         card = yaml.safe_load(text[3:].split("\n---", 1)[0])
     except (yaml.YAMLError, RecursionError, ValueError):
-        return None
+        return []
     configs = card.get("configs") if isinstance(card, Mapping) else None
     found = [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
-    found = [one for one in found if one.get("data_files")]
-    return _splits_of(repo, _default(repo, found)["data_files"]) if found else None
+    return [one for one in found if one.get("data_files")]
 
 
-def _default(repo: Repository, configs: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _chosen(repo: Repository, configs: list[Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """The configuration of that name, or the one that is read by default.
+
+    Raises:
+        DataError: there is none, or none by default.
+    """
+    names = [str(one.get("config_name")) for one in configs]
+    if name is not None:
+        if name not in names:
+            has = f"its card has {_some(names)}" if names else "its card names no configurations; leave config out"
+            raise DataError(f"{repo.where}: no configuration {name!r}; {has}")
+        return configs[names.index(name)]
     chosen = [one for one in configs if one.get("default") is True or one.get("config_name") == "default"]
     if len(configs) == 1 or chosen:
         return (chosen or configs)[0]
-    names = _some([str(one.get("config_name")) for one in configs])
     raise DataError(
-        f"{repo.where}: has several configurations ({names}) and none by default; download the one you mean and give "
-        "its folder or files"
+        f"{repo.where}: has several configurations ({_some(names)}) and none by default; say which with config, such "
+        f"as data.train.0.config={names[0]}"
     )
 
 

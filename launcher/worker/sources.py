@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.facts.files import data_files, is_dataset_id
+from launcher.facts.files import data_files, described, is_dataset_id
 from launcher.facts.formats import Example, read_examples
 from launcher.facts.rows import Located
 from launcher.recipe.schema import DataSource, Recipe
@@ -20,7 +20,7 @@ class Sources:
         self.train = recipe.data.train
         self.validation = recipe.data.validation.source
         self.retention = recipe.data.retention
-        self._loaded: dict[tuple[str, str], Any] = {}
+        self._loaded: dict[tuple[str | None, ...], Any] = {}
 
     @property
     def all(self) -> list[DataSource]:
@@ -54,13 +54,15 @@ class Sources:
         """The data set, from the hub or its cache on this machine. Code that comes with it is never run."""
         import datasets
 
-        name = (source.path, source.split)
+        name = (source.path, source.split, source.config, source.revision)
         if name not in self._loaded:
             try:
-                self._loaded[name] = datasets.load_dataset(source.path, split=source.split)
+                self._loaded[name] = datasets.load_dataset(
+                    source.path, name=source.config, split=source.split, revision=source.revision
+                )
             except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
                 raise DataError(
-                    f"{source.path} (split {source.split}): cannot load this data set ({str(error).strip()}); "
+                    f"{described(source)}: cannot load this data set ({str(error).strip()}); "
                     "if a file or folder was meant, it does not exist here"
                 ) from error
         return self._loaded[name]

@@ -299,15 +299,16 @@ def test_weights_repeat_and_thin_out_rows(tmp_path: Path, tokenizer: PreTrainedT
 class FakeHub:
     """Stands in for the hub: `load_dataset` by id, from rows in memory."""
 
-    def __init__(self, rows: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    def __init__(self, rows: dict[tuple[str, ...], list[dict[str, Any]]]) -> None:
         self.rows = rows
 
-    def load_dataset(self, path: str, *, split: str) -> Any:
+    def load_dataset(self, path: str, *, name: str | None, split: str, revision: str | None) -> Any:
         from datasets import Dataset
 
-        if (path, split) not in self.rows:
+        key = (path, split, *(one for one in (name, revision) if one is not None))
+        if key not in self.rows:
             raise ValueError(f'Unknown split "{split}".')
-        return Dataset.from_list(self.rows[path, split])
+        return Dataset.from_list(self.rows[key])
 
 
 def test_data_set_ids_are_read_in_the_job(
@@ -328,3 +329,20 @@ def test_data_set_ids_are_read_in_the_job(
         build(tmp_path, recipe_for(tmp_path, DataSource(path="org/bad")), tokenizer)
     with pytest.raises(DataError, match=r"org/chats \(split test\): cannot load this data set \(Unknown split"):
         build(tmp_path, recipe_for(tmp_path, DataSource(path="org/chats", split="test")), tokenizer)
+
+
+def test_configuration_and_revision_of_an_id_reach_the_hub(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One id twice in a recipe: two configurations are two data sets, and a missing one is named in full."""
+    rows = {
+        ("org/chats", "train", "easy"): [{"messages": CHAT}],
+        ("org/chats", "train", "hard", "v2"): [{"messages": CHAT}] * 3,
+    }
+    monkeypatch.setattr("datasets.load_dataset", FakeHub(rows).load_dataset)
+    easy = DataSource(path="org/chats", config="easy")
+    hard = DataSource(path="org/chats", config="hard", revision="v2")
+    cache = build(tmp_path, recipe_for(tmp_path, easy, hard), tokenizer, packing=False)
+    assert len(said(cache, tokenizer)) == 4
+    with pytest.raises(DataError, match=r"org/chats \(split train, config soft, revision v2\): cannot load"):
+        build(tmp_path, recipe_for(tmp_path, DataSource(path="org/chats", config="soft", revision="v2")), tokenizer)

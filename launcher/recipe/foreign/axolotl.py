@@ -117,6 +117,9 @@ def _datasets(draft: Draft) -> None:
         source: dict[str, Any] = {"path": path}
         if entry.get("split"):
             source["split"] = entry.pop("split")
+        if not files:
+            named = {"revision": entry.pop("revision", None), "config": entry.pop("name", None)}
+            source |= {key: value for key, value in named.items() if value}
         if isinstance(kind, str) and kind.split(".")[0] in _FORMATS:
             source["format"] = (
                 "sharegpt" if entry.get("field_messages") == "conversations" else _FORMATS[kind.split(".")[0]]

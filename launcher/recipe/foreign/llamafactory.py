@@ -115,7 +115,7 @@ def _datasets(draft: Draft) -> None:
 
 
 def _dataset(draft: Draft, name: str, known: dict[str, Any], folder: Any) -> dict[str, Any]:
-    facts = known.get(name)
+    facts = dict(known[name]) if isinstance(known.get(name), dict) else None
     if facts is None:
         why = "is a name of dataset_info.json, which does not have it here; set data.train[].path to its file or id"
         draft.left_out.append(LeftOut(key="dataset", value=name, why=why))
@@ -126,6 +126,8 @@ def _dataset(draft: Draft, name: str, known: dict[str, Any], folder: Any) -> dic
     source["format"] = formatting if formatting in ("alpaca", "sharegpt") else "auto"
     if facts.get("split"):
         source["split"] = facts["split"]
+    if facts.get("subset") and not file:
+        source["config"] = facts.pop("subset")
     for key in ("columns", "tags", "subset", "num_samples", "ranking"):
         if facts.get(key):
             draft.left_out.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.recipe.foreign.draft import Draft, LeftOut, module_names, optimizer, schedule
+from launcher.recipe.foreign.draft import Draft, module_names, optimizer, schedule
 
 _SAME = {
     "model_name_or_path": "model.name_or_path",
@@ -95,20 +95,23 @@ def _method(draft: Draft) -> None:
 def _datasets(draft: Draft) -> None:
     name = draft.take("dataset_name")
     if name:
-        source = {"path": name}
+        config = draft.take("dataset_config")
+        source = {"path": name} | ({"config": config} if config else {})
         split = draft.take("dataset_train_split")
         draft.put("data.train", [source | ({"split": split} if split else {})])
-        if draft.take("dataset_config"):
-            why = "a data set's configuration cannot be named; export it to a file"
-            draft.left_out.append(LeftOut(key="dataset_config", value=draft.take("dataset_config"), why=why))
         held = draft.take("dataset_test_split")
         if held and draft.look("eval_strategy", "no") != "no":
-            draft.put("data.validation", {"path": name, "split": held})
+            draft.put("data.validation", source | {"split": held})
         return
     mixture = draft.take("datasets") or draft.look("dataset_mixture.datasets") or []
     draft.take("dataset_mixture")
-    draft.put("data.train", [{"path": one.get("path", one.get("id", ""))} | ({"split": one["split"]} if one.get("split")
-                              else {}) for one in mixture if isinstance(one, dict)])  # fmt: skip
+    draft.put("data.train", [_of_mixture(one) for one in mixture if isinstance(one, dict)])
+
+
+def _of_mixture(one: dict[str, Any]) -> dict[str, Any]:
+    """One entry of `datasets`; `name` is the configuration there."""
+    named = {"split": one.get("split"), "config": one.get("name")}
+    return {"path": one.get("path", one.get("id", ""))} | {key: value for key, value in named.items() if value}
 
 
 def _loss(draft: Draft) -> None:

@@ -84,6 +84,27 @@ def test_an_unknown_key_is_never_dropped_silently(tool, key, tmp_path):
     assert key in {one.key for one in convert_file(path).left_out}
 
 
+def test_configuration_and_revision_of_a_data_set_are_carried_over(tmp_path):
+    """Axolotl's name and revision, TRL's dataset_config, LLaMA-Factory's subset: `config` and `revision` here."""
+    configs = {
+        "axolotl": (HERE / "axolotl.yaml").read_text().replace(
+            "datasets:\n", "datasets:\n  - {path: org/rows, name: hard, revision: v2, type: chat_template}\n"
+        ),
+        "trl": (HERE / "trl.yaml").read_text() + "\ndataset_config: hard\n",
+        "llamafactory": (HERE / "llamafactory.yaml").read_text(),
+    }  # fmt: skip
+    info = {name: {"hf_hub_url": "org/rows", "subset": "hard"} for name in ("identity", "alpaca_en_demo")}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    for tool, text in configs.items():
+        path = tmp_path / f"{tool}.yaml"
+        path.write_text(text)
+        made = tmp_path / f"{tool}-recipe.yaml"
+        made.write_text(convert_file(path).text)
+        first = load_recipe(made).data.train[0]
+        assert first.config == "hard", tool
+        assert first.revision == ("v2" if tool == "axolotl" else None)
+
+
 def test_the_number_of_gpus_makes_the_global_batch():
     """Their batch is per device; ours is of all."""
     assert "global_batch_size: 64" in convert_file(HERE / "axolotl.yaml", gpus=8).text
