@@ -60,6 +60,8 @@ _LATER: dict[str, tuple[str, str]] = {
     "gc": ("gc", "Show what can be removed without losing anything, and with --yes remove it."),
     "import": ("import_", "Convert an Axolotl, LLaMA-Factory, TRL or torchtune config into a recipe."),
     "stage": ("stage", "Bring model and data into the shared cache, verified, so that jobs need no network."),
+    "compare": ("compare", "Put runs side by side: quality, retention, time, memory, cost, rows won, answers."),
+    "report": ("report", "Write one run as a self-contained HTML page."),
     "data": ("data", "Look at the recipe's data as its run will see it, or tokenize it beforehand."),
     "rehearse": ("rehearse", "Run the whole job with a tiny random model on CPU ranks, before the queue."),
     "trial": ("trial", "Run candidates on your data, stop losers early, and compare what each reached and cost."),

@@ -68,7 +68,7 @@ def _table(states: Sequence[RunStatus]) -> RenderableType:
             _peak(status),
             str(status.restarts),
             duration(status.eta_s),
-            Text(status.sentence),
+            Text("; ".join((status.sentence, *(f"warning: {said}" for said in status.warnings)))),
         )
     return table
 
@@ -93,6 +93,7 @@ def _block(status: RunStatus) -> RenderableType:
         "heartbeat": beat,
         "folder": status.path,
     }
+    rows |= {f"warning{at or ''}": Text(said, style="yellow") for at, said in enumerate(status.warnings)}
     for name, value in rows.items():
         block.add_row(name, value if isinstance(value, Text) else Text(value.rstrip()))
     return block

@@ -15,11 +15,22 @@ _WORDS = {
 }
 
 
+_MOST_LINES = 40
+
+
+def _shown(found: Explanation) -> list[str]:
+    """The line that shows it, or all of an error that has several."""
+    if not found.message:
+        return [found.evidence] if found.evidence else []
+    left = len(found.message) - _MOST_LINES
+    return [*found.message[:_MOST_LINES], *([f"... and {left} more lines"] if left > 0 else [])]
+
+
 def print_explanation(found: Explanation, write: Callable[[str], None]) -> None:
     """Print an explanation line by line; `write` takes one line."""
     write(f"{found.run} {found.sentence}")
-    if found.evidence:
-        write(f"  {found.evidence}")
+    for line in _shown(found):
+        write(f"  {line}")
     if found.where:
         write(f"  in {found.where}" if found.evidence else f"  see {found.where}")
     if found.decision:

@@ -58,6 +58,8 @@ class RunStatus:
     """Epoch seconds."""
     heartbeat_s: float | None
     """Epoch seconds of the last sign of life of rank 0."""
+    warnings: tuple[str, ...] = ()
+    """What the run itself found odd, such as a base that is being forgotten."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the schema's number."""
@@ -175,7 +177,15 @@ def _status(evidence: Evidence, state: State) -> RunStatus:
         eta_s=beat.get("eta_s") if state.word == "RUNNING" else None,
         submitted_s=evidence.job.get("submitted_s"),
         heartbeat_s=beat.get("time_s"),
+        warnings=tuple(_messages(result.get("warnings", beat.get("warnings")))),
     )
+
+
+def _messages(warnings: Any) -> Iterator[str]:
+    """Messages of the warnings in a result or a heartbeat, whatever else is there."""
+    for warning in warnings if isinstance(warnings, list) else ():
+        if isinstance(warning, dict) and isinstance(warning.get("message"), str):
+            yield warning["message"]
 
 
 # ---------------------------------------------------------------- waiting

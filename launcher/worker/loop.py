@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 
 from launcher.errors import JobFailedError
@@ -280,6 +281,7 @@ class Loop:
                 step,
                 **numbers,
                 **({"peak_bytes": peak_bytes} if peak_bytes else {}),
+                host_bytes=psutil.Process().memory_info().rss,
                 tokens=memory.tokens,
                 samples=fingerprint(indices),
                 applied=int(result.applied),
@@ -329,6 +331,8 @@ class Loop:
         if found and not memory.forgetting:
             self.progress.say(f"warning: {found['message']}")
             self.tracker.event("warning", **found)
+        if found or memory.forgetting:
+            self.progress.warned([found] if found else [])
         memory.forgetting = found is not None
 
     def evaluate(self, rows: Rows) -> float:

@@ -63,6 +63,10 @@ class Progress:
         """Name the rank that the others wait for (rank, host, times), or nobody; part of the next beats."""
         self._facts |= {"slow": facts}
 
+    def warned(self, warnings: list[dict[str, Any]]) -> None:
+        """What the run warns of now ({"code", "message", ...}), or nothing; part of the next beats."""
+        self._facts |= {"warnings": warnings}
+
     def line(self, text: str) -> None:
         """One plain line for the log."""
         if not self._speaks:

@@ -76,6 +76,8 @@ def test_thirty_times_the_advised_rate_is_noticed_and_the_advised_rate_is_not(
     assert (found["code"], found["limit"], found["rise"]) == ("retention", 0.1, rise)
     assert len(warnings(rough)) == 1
     assert "the base is being forgotten" in warnings(rough)[0]["message"]
+    beat = json.loads(rough.heartbeat.read_text(encoding="utf-8"))
+    assert [warning["message"] for warning in beat["warnings"]] == [found["message"]]
 
 
 def test_both_runs_are_measured_on_the_same_text_of_the_base(base: Path, ranks: Ranks) -> None:

@@ -353,6 +353,21 @@ def test_logs_of_all_jobs_come_in_order(run: RunFolder, fake_slurm: FakeSlurm) -
     assert list(status.follow_logs(run)) == ["first", "second", "last without end"]
 
 
+def test_what_a_run_warns_of_is_shown(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """From the heartbeat while it runs, from the result afterwards; other shapes are passed over."""
+    fake_slurm.say("squeue", "42|RUNNING|node1|N/A|None\n")
+    warning = {"code": "retention", "message": "the base is being forgotten"}
+    write_json(run.heartbeat, {"time_s": time.time(), "job_id": "42", "state": "training", "warnings": [warning, 3]})
+    now = status.run_status(run)
+    assert now.warnings == ("the base is being forgotten",)
+    for one in (True, False):
+        text = io.StringIO()
+        print_status([now], one=one, console=Console(file=text, width=400))
+        assert "the base is being forgotten" in text.getvalue()
+    write_json(run.result, {"step": 4, "warnings": []})
+    assert status.run_status(run).warnings == ()
+
+
 def test_a_missing_log_is_explained(run: RunFolder, fake_slurm: FakeSlurm) -> None:
     """A job that waits has written nothing; the message says that it waits."""
     fake_slurm.say("squeue", "42|PENDING||N/A|Priority\n")
