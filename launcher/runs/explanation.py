@@ -7,13 +7,14 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError
 from launcher.runs.diagnosis import Cause, Diagnosis, diagnose, newest_attempt
 from launcher.runs.folder import RunFolder
 from launcher.runs.reasons import never_starts
-from launcher.runs.remains import last_words, number, tail_lines, text
+from launcher.runs.remains import all_lines, last_words, number, one_line, tail_lines, text, whole_message
 from launcher.runs.remedies import command_for
 from launcher.runs.slurm import SlurmJob, find_jobs
 from launcher.runs.state import Evidence, is_held, read_evidence
@@ -51,6 +52,8 @@ class Explanation:
     """What ended the newest attempt; None while it waits or runs."""
     evidence: str | None = None
     """The line that shows it."""
+    message: tuple[str, ...] = ()
+    """All lines of the error, where it has several; `evidence` is the first."""
     where: str | None = None
     """File of that line, or the command that prints it."""
     command: str | None = None
@@ -125,6 +128,7 @@ def _ended(evidence: Evidence, status: RunStatus) -> Explanation:
         sentence=found.sentence,
         cause=found.cause.value,
         evidence=found.evidence,
+        message=_message(evidence, found),
         where=found.where,
         command=found.command,
         rank=found.rank,
@@ -132,6 +136,15 @@ def _ended(evidence: Evidence, status: RunStatus) -> Explanation:
         attempt=found.attempt,
         decision=None if line is None else f"{line.get('action')}: {line.get('reason')}",
     )
+
+
+def _message(evidence: Evidence, found: Diagnosis) -> tuple[str, ...]:
+    """All lines of the error that was found, from the rank's report, or from the ledger where it could write none."""
+    if found.where != str(evidence.run.attempts):
+        return whole_message(Path(found.where)) if found.where else ()
+    told = [text(event.get("error")) for event in evidence.events if event.get("event") == "failed"]
+    errors = [error for error in told if error is not None and one_line(error) == found.evidence]
+    return all_lines(errors[-1]) if errors else ()
 
 
 def _decided(evidence: Evidence, name: str | None) -> Mapping[str, Any] | None:

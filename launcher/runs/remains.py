@@ -27,6 +27,7 @@ _RANK = re.compile(r"rank--?\d+\.json|rank-\d+\.json")
 _REPORTS = 4096
 """So many reports of one attempt are read at most."""
 _REPORT_BYTES = 1 << 20
+_LINE_LENGTH = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,27 @@ def signal_name(value: Any) -> str | None:
     except (ValueError, KeyError):
         pass
     return None
+
+
+def whole_message(path: Path) -> tuple[str, ...]:
+    """Every line of the message in a rank's report, with its class: problems are collected and raised together.
+
+    Empty where it is one line, which the report's `words` have already, or where the file is no report.
+    """
+    try:
+        if path.suffix != ".json" or path.stat().st_size > _REPORT_BYTES:
+            return ()
+        facts = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return ()
+    message = text(facts.get("message")) if isinstance(facts, dict) else None
+    return all_lines(f"{text(facts.get('type')) or 'error'}: {message}") if message else ()
+
+
+def all_lines(words: str) -> tuple[str, ...]:
+    """The lines that say something, where there are several."""
+    lines = tuple(line.rstrip()[:_LINE_LENGTH] for line in words.splitlines() if line.strip())
+    return lines if len(lines) > 1 else ()
 
 
 def one_line(words: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
+from launcher.report.why import print_explanation
 from launcher.runs.explanation import Explanation, explain
 from launcher.runs.folder import append_json_line, write_json
 from tests.unit.runs.material import FakeSlurm, make_run, write_result
@@ -53,6 +54,40 @@ def test_what_was_decided_is_told_again(story: Story, fake_slurm: FakeSlurm) -> 
     )
     assert found.command == f"launcher resume {story.run.run_id}"
     assert found.decision == "stop: crash loop: 3 attempts in a row"
+
+
+PROBLEMS = "rows.jsonl:3: 'messages' is an empty list\nrows.jsonl:9: role 'bot' is unknown\n\nrows.jsonl:12: no answer"
+
+
+@pytest.mark.parametrize("told", ["report", "ledger", "decided"])
+def test_every_line_of_an_error_is_shown(told: str, story: Story, fake_slurm: FakeSlurm) -> None:
+    """All problems of a stage are raised at once, so all are shown: from the report, or what the ledger has of it."""
+    queue(fake_slurm, "FAILED", "NonZeroExitCode")
+    story.starts()
+    if told == "ledger":
+        facts = {"job_id": "5", "attempt": story.attempt, "rank": 1}
+        story.tell("failed", error=f"DataError: {PROBLEMS}", **facts)
+    else:
+        story.reports(1, "DataError", PROBLEMS)
+    if told == "decided":
+        where = str(story.run.error(story.attempt, 1))
+        decided(story, "data", "stop", evidence="DataError: rows.jsonl:3: 'messages' is an empty list", where=where)
+    found = why(story)
+    assert found.evidence == "DataError: rows.jsonl:3: 'messages' is an empty list"
+    assert [line.split(": ", 1)[-1] for line in found.message[1:]] == ["role 'bot' is unknown", "no answer"]
+    printed: list[str] = []
+    print_explanation(found, printed.append)
+    assert sum("rows.jsonl:" in line for line in printed[1:]) == 3
+    assert json.loads(json.dumps(found.to_json()))["message"] == list(found.message)
+
+
+def test_an_error_of_one_line_is_said_once(story: Story, fake_slurm: FakeSlurm) -> None:
+    """And a report that is no longer there, or is none, is no error of its own."""
+    queue(fake_slurm, "FAILED", "NonZeroExitCode")
+    story.starts().reports(1, "DataError", "rows.jsonl:3: no answer")
+    assert why(story).message == ()
+    story.run.error(story.attempt, 1).write_text("[1, 2]")
+    assert why(story).message == ()
 
 
 def test_an_end_that_nobody_decided_about_is_diagnosed_now(story: Story, fake_slurm: FakeSlurm) -> None:
