@@ -23,6 +23,7 @@ from launcher.facts import hub
 from launcher.facts.hub import RemoteFile, Repository
 from launcher.facts.staged import FORMAT, MANIFEST, Kind, read_manifest, read_refs, repository
 from launcher.facts.weights import model_folder_problems, shard_problem
+from launcher.runs import partial
 from launcher.runs.folder import write_json
 from launcher.runs.wanted import Wanted
 
@@ -86,7 +87,7 @@ class Fetch:
     @property
     def partial(self) -> Path:
         """Where files lie until they are verified."""
-        return self.target.with_name(f"{self.target.name}.partial")
+        return self.target.with_name(f"{self.target.name}{partial.SUFFIX}")
 
     @property
     def missing(self) -> tuple[RemoteFile, ...]:
@@ -158,11 +159,11 @@ def carry_out(fetch: Fetch, progress: Progress) -> None:
         _remember(fetch)
         return
     try:
-        fetch.partial.mkdir(parents=True, exist_ok=True)
-        with _cancellable(progress) as advance:
-            progress.begin(fetch.repo.id, fetch.fetch_bytes)
-            fetched = _fetch_all(fetch, progress, advance)
-        _publish(fetch, fetched)
+        with partial.growing(fetch.partial):
+            with _cancellable(progress) as advance:
+                progress.begin(fetch.repo.id, fetch.fetch_bytes)
+                fetched = _fetch_all(fetch, progress, advance)
+            _publish(fetch, fetched)
     except OSError as error:
         raise ClusterError(f"{fetch.target}: cannot be written ({error.strerror or error})") from error
 
@@ -236,7 +237,7 @@ def _publish(fetch: Fetch, fetched: dict[str, Digest]) -> None:
         "splits": fetch.splits,
         "configs": fetch.configs,
     }
-    shutil.rmtree(fetch.partial / hub.UNFINISHED, ignore_errors=True)
+    partial.unmark(fetch.partial)
     repairs = read_manifest(fetch.target) is not None
     if not repairs and fetch.repo.kind == "model":
         problems = model_folder_problems(fetch.partial)
@@ -253,16 +254,16 @@ def _publish(fetch: Fetch, fetched: dict[str, Digest]) -> None:
     _remember(fetch)
 
 
-def _become(partial: Path, target: Path) -> None:
+def _become(grown: Path, target: Path) -> None:
     """Rename, unless another process was first; whatever lies there without a manifest was never whole."""
     if target.exists() and read_manifest(target) is None:
         shutil.rmtree(target)
     try:
-        partial.rename(target)
+        grown.rename(target)
     except OSError:
         if read_manifest(target) is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(grown, ignore_errors=True)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -5,17 +5,20 @@ Only things inside folders that carry our own marks are ever removed, never thro
 - temporary folders of saves and of token caches that nobody is writing any more,
 - checkpoints of runs that finished (the result is verified; the adapter or model stays), all but those asked for,
 - run folders whose job never started anything and that are older than a day,
-- rehearsals that failed, were kept or were killed, a day later.
+- rehearsals that failed, were kept or were killed, a day later,
+- copies that `launcher stage` began and nobody went on with for a day.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.runs import partial
 from launcher.runs.folder import RunFolder
 from launcher.runs.rehearsal_material import FOLDER as REHEARSALS
 from launcher.runs.rehearsal_material import MARK
@@ -35,10 +38,16 @@ class Garbage:
     why: str
 
 
-def find_garbage(parent: Path, *, checkpoints: bool = True, now_s: float | None = None) -> list[Garbage]:
-    """Everything removable below `parent`, largest first; `checkpoints` of finished runs included or not."""
+def find_garbage(
+    parent: Path, *, checkpoints: bool = True, cache: Path | None = None, now_s: float | None = None
+) -> list[Garbage]:
+    """Everything removable below `parent`, largest first; `checkpoints` of finished runs included or not.
+
+    `cache`: where models and data are staged; None = $LAUNCHER_CACHE, or .cache below `parent`.
+    """
     now = time.time() if now_s is None else now_s
-    found = [*_caches(parent, now), *_rehearsals(parent, now)]
+    staged = cache or Path(os.environ.get("LAUNCHER_CACHE") or parent / ".cache")
+    found = [*_caches(parent, now), *_rehearsals(parent, now), *_partial(staged.expanduser(), now)]
     for status in list_runs(parent):
         run = RunFolder(Path(status.path))
         if run.path.parent != parent.resolve() or run.path.is_symlink():
@@ -74,6 +83,11 @@ def _rehearsals(parent: Path, now: float) -> Iterator[Garbage]:
         path = mark.parent
         if not path.is_symlink() and not path.parent.is_symlink() and _age_s(path, now) > ABANDONED_S:
             yield _garbage(path, "a rehearsal that is over")
+
+
+def _partial(cache: Path, now: float) -> Iterator[Garbage]:
+    for path in partial.abandoned(cache, now_s=now, after_s=ABANDONED_S):
+        yield _garbage(path, "a staged copy that was never finished; launcher stage begins it anew")
 
 
 def _garbage(path: Path, why: str) -> Garbage:

@@ -16,6 +16,7 @@ from launcher.facts.files import data_files
 from launcher.facts.staged import FORMAT, MANIFEST, read_manifest
 from launcher.facts.weights import model_folder_problems
 from launcher.recipe.schema import DataSource, ModelSection
+from launcher.runs import partial
 from launcher.runs.fetching import Progress, digest, manifest, write_shared
 
 _NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -162,21 +163,23 @@ def _copied(local: Local, hashes: Mapping[str, str], progress: Progress) -> Path
     used = target if local.path == local.top else target / local.path.name
     if read_manifest(target) is not None:
         return used
-    partial = target.with_name(f"{content}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, wanted in hashes.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(local.top / name, partial / name)
-        if digest(partial / name).sha256 != wanted:
-            raise ClusterError(
-                f"{local.top / name}: changed while it was copied, or the cache's disk is at fault; try again"
-            )
-        progress.done(name, local.sizes[name], "copied")
-    files = [{"path": name, "bytes": size, "sha256": hashes[name]} for name, size in local.sizes.items()]
-    write_shared(partial / MANIFEST, manifest(local.kind, None, content, files) | {"copied_from": str(local.path)})
-    if target.exists():
-        shutil.rmtree(target)  # no manifest: never finished
-    partial.rename(target)
+    copy = target.with_name(f"{content}{partial.SUFFIX}")
+    shutil.rmtree(copy, ignore_errors=True)
+    with partial.growing(copy):
+        for name, wanted in hashes.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(local.top / name, copy / name)
+            if digest(copy / name).sha256 != wanted:
+                raise ClusterError(
+                    f"{local.top / name}: changed while it was copied, or the cache's disk is at fault; try again"
+                )
+            progress.done(name, local.sizes[name], "copied")
+        files = [{"path": name, "bytes": size, "sha256": hashes[name]} for name, size in local.sizes.items()]
+        partial.unmark(copy)
+        write_shared(copy / MANIFEST, manifest(local.kind, None, content, files) | {"copied_from": str(local.path)})
+        if target.exists():
+            shutil.rmtree(target)  # no manifest: never finished
+        copy.rename(target)
     return used
 
 

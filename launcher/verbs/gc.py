@@ -12,16 +12,19 @@ from launcher.verbs.arguments import json_flag, print_json, runs_option
 @click.command(name="gc")
 @click.option("--yes", "-y", is_flag=True, help="Remove it; without this it is only shown.")
 @click.option("--keep-checkpoints", is_flag=True, help="Leave the checkpoints of finished runs.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where stage keeps models and data [$LAUNCHER_CACHE].")
 @click.option("--dry-run", is_flag=True, help="Show only (what happens without --yes, too).")
 @json_flag
 @runs_option
-def command(yes: bool, keep_checkpoints: bool, dry_run: bool, as_json: bool, parent: Path | None) -> None:
+def command(
+    yes: bool, keep_checkpoints: bool, dry_run: bool, as_json: bool, parent: Path | None, cache: Path | None
+) -> None:
     """Show what can be removed without losing anything, and with --yes remove it."""
     from launcher.errors import ClusterError
     from launcher.runs.garbage import find_garbage, remove
     from launcher.runs.status import runs_folder
 
-    found = find_garbage(runs_folder(parent), checkpoints=not keep_checkpoints)
+    found = find_garbage(runs_folder(parent), checkpoints=not keep_checkpoints, cache=cache)
     removing = yes and not dry_run
     trouble = remove(found) if removing else []
     if as_json:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
+from launcher.runs import partial
 from launcher.runs.folder import RunFolder
 from launcher.runs.garbage import find_garbage
 from launcher.runs.rehearsal_material import MARK
@@ -78,6 +79,53 @@ def test_old_rehearsals_go_and_only_where_our_mark_is(tmp_path: Path) -> None:
         if name != "running":
             os.utime(rehearsals / name, (long_ago, long_ago))
     assert names(tmp_path / "runs") == {"killed"}
+
+
+def grown(path: Path, *, marked: bool = True, days_ago: float = 2) -> Path:
+    """A copy that `launcher stage` began so many days ago."""
+    filled(path)
+    if marked:
+        with partial.growing(path):
+            pass
+    then = time.time() - days_ago * 24 * 3600
+    for one in (*path.rglob("*"), path):
+        os.utime(one, (then, then))
+    return path
+
+
+def test_copies_that_were_never_finished_go(tmp_path: Path) -> None:
+    """Only marked ones, a day after anything in them changed last; a finished copy has another name and no mark."""
+    repository = tmp_path / "cache" / "models" / "acme--tiny"
+    grown(repository / "aaa.partial")
+    grown(repository / "bbb.partial", marked=False)
+    grown(repository / "ccc.partial", days_ago=0.5)
+    grown(repository / "ddd")
+    fresh = grown(repository / "eee.partial")
+    (fresh / "data.bin").write_bytes(b"a chunk that came just now")
+    grown(tmp_path / "cache" / "datasets" / "local--rows" / "fff.partial")
+    found = {one.path.name for one in find_garbage(tmp_path / "runs", cache=tmp_path / "cache")}
+    assert found == {"aaa.partial", "fff.partial"}
+
+
+def test_a_copy_that_somebody_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However old its files look: its process holds the lock."""
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    folder = grown(tmp_path / "cache" / "models" / "acme--tiny" / "aaa.partial")
+    with partial.growing(folder):
+        assert names(tmp_path / "runs") == set()
+    assert names(tmp_path / "runs") == {"aaa.partial"}
+
+
+def test_a_partial_folder_behind_a_link_stays(tmp_path: Path) -> None:
+    """Wherever the link stands on the way, and when the mark itself is one."""
+    elsewhere = grown(tmp_path / "elsewhere" / "aaa.partial")
+    models = tmp_path / "cache" / "models"
+    (models / "acme--tiny").mkdir(parents=True)
+    (models / "acme--tiny" / "aaa.partial").symlink_to(elsewhere)
+    (models / "acme--other").symlink_to(elsewhere.parent)
+    planted = grown(models / "acme--third" / "bbb.partial", marked=False)
+    (planted / ".cache").symlink_to(elsewhere / ".cache")
+    assert find_garbage(tmp_path / "runs", cache=tmp_path / "cache") == []
 
 
 def test_a_planted_link_is_not_followed(finished: RunFolder, tmp_path: Path) -> None:
