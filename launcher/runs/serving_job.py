@@ -121,8 +121,9 @@ def describe(request: Mapping[str, Any], place: Place) -> dict[str, Any]:
         LauncherError: the same as `submit`, but for what Slurm says.
     """
     site = _site(place)
-    return {"command": vllm_command(request, gpus=place.gpus), "options": _options(site, place, Path("FOLDER")),
-            "vllm": find_vllm(train_python(site))}  # fmt: skip
+    options = _options(site, place, request, Path("FOLDER"))
+    command = vllm_command(request, gpus=place.gpus)
+    return {"command": command, "options": options, "vllm": find_vllm(train_python(site))}
 
 
 def submit(request: Mapping[str, Any], place: Place) -> tuple[str, Path]:
@@ -144,7 +145,7 @@ def submit(request: Mapping[str, Any], place: Place) -> tuple[str, Path]:
         write_json(folder / "request.json", {"command": command, "port": request["port"]})
         write_json(folder / "token.json", {TOKEN: token})
         write_atomic(folder / "job.sh", _script(site, folder))
-        named = [f"--{key}={value}" for key, value in _options(site, place, folder).items()]
+        named = [f"--{key}={value}" for key, value in _options(site, place, request, folder).items()]
         with clean_environment():
             answer = run_slurm(["sbatch", "--parsable", "--no-requeue", *named, str(folder / "job.sh")])
     return answer.strip().split(";")[0], folder
@@ -167,7 +168,8 @@ def _token(request: Mapping[str, Any]) -> str:
     return token
 
 
-def _options(site: Site, place: Place, folder: Path) -> dict[str, str]:
+def _options(site: Site, place: Place, request: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    exported = [name for name in exported_names(os.environ) if name != request["token_env"]]
     wanted = {
         "job-name": "launcher-serve",
         "nodes": "1",
@@ -178,7 +180,7 @@ def _options(site: Site, place: Place, folder: Path) -> dict[str, str]:
         "partition": place.partition or site.default_partition,
         "account": site.account,
         "qos": site.qos,
-        "export": ",".join(exported_names(os.environ)) or "NONE",
+        "export": ",".join(exported) or "NONE",
         "gpus-per-node": (f"{site.gpu_type}:{place.gpus}" if site.gpu_type else str(place.gpus))
         if site.request_gpus
         else None,

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.train.adapters import train_adapter
 
 START_S = 180
-LONG = 600
+LONG = 400
 """Tokens of an answer that is still being made when something else has been done."""
 TOKEN = "a-token-for-the-test"
 
