@@ -78,6 +78,8 @@ class _Flight:
     stall_s: float = 0.0
     thread: threading.Thread | None = None
     failure: Exception | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    """The state may change: the copy of it is whole, or failed."""
     written: threading.Event = field(default_factory=threading.Event)
     """This rank's share is there, or failed."""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -166,7 +168,8 @@ class Checkpoints:
     def begin(self, step: int, engine: Saves, state: dict[str, Any]) -> Outcome | None:
         """Copy the state of `step` to host memory and let a thread write it; None, or why that failed.
 
-        `votes` and `heard` follow it; nothing else may be saved before it has landed (`join`).
+        `votes` and `heard` follow it; nothing else may be saved before it has landed (`join`). Until `votes` has been
+        called, or it has landed, the state must not change: the thread is still copying.
 
         Raises:
             NoRoomError: on every rank, where one has too little memory for a copy.
@@ -182,7 +185,7 @@ class Checkpoints:
                 return str(writer.failure)
             if writer.failure is not None:
                 raise writer.failure
-            writer.settle()
+            writer.arrive()
             faults.at("snapshot", rank=self._rank, step=step)
             return None
 
@@ -201,10 +204,17 @@ class Checkpoints:
         return None
 
     def votes(self) -> tuple[int, int, int]:
-        """How far this rank's save is, to be summed over ranks: (share written or failed, failed, completed)."""
+        """How far this rank's save is, to be summed over ranks: (share written or failed, failed, completed).
+
+        Asked between the backward pass and the update, which must not change what is still being copied: this waits.
+        """
         flight = self._flight
         if flight is None:
             return 0, 0, 0
+        if not flight.copied.is_set():
+            began_s = time.monotonic()
+            flight.copied.wait()
+            flight.stall_s += time.monotonic() - began_s
         resting = not flight.busy
         failed, completed = flight.failure is not None, flight.bytes > 0
         return int(flight.written.is_set()), int(resting and failed), int(resting and completed)
@@ -301,6 +311,7 @@ class Checkpoints:
             except Exception as error:
                 flight.failure = error
             finally:
+                flight.copied.set()
                 flight.written.set()
 
         flight.thread = threading.Thread(target=run, name=f"save-{flight.step}", daemon=True)
@@ -308,6 +319,8 @@ class Checkpoints:
 
     def _write_share(self, flight: _Flight, writer: SnapshotWriter) -> None:
         """In a thread: this rank's files, then the word that they are there; rank 0 goes on to complete."""
+        writer.settle()
+        flight.copied.set()
         files = writer.into(moved=partial(self._moved, flight))
         faults.at("after_share", rank=self._rank, step=flight.step)
         write_json(self._shelf.unfinished(flight.step) / SHARE.format(self._rank), files)

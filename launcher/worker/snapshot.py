@@ -4,6 +4,8 @@ An engine hands its state to a Writer, name by name, and never opens a file: an 
 save would leave the other ranks waiting in its barrier. Writers keep their error instead, and the checkpoint asks.
 
 The copies live in buffers that are reused by every save, so their page faults are paid once; on a GPU they are pinned.
+Tensors of the host are copied by the thread, while the next forward and backward pass read them; who changes them, the
+update, waits until `settle` has returned (CheckFreq, FAST'21, section 4.1, calls it pipelining the snapshot).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from torch import Tensor
 
 _SLAB_BYTES = 64 << 20
 _ALIGNED_BYTES = 64
+_SMALL_BYTES = 64 << 10
+"""Copied at once: counters and generators, which cost less than they are worth remembering."""
 _RESERVE = 0.05
 """Share of the node's memory that a copy leaves alone."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -77,7 +81,7 @@ class FolderWriter:
 
 
 class SnapshotWriter:
-    """Copies to host memory now; `into` writes later, in any thread."""
+    """Copies to host memory; `settle` ends that and `into` writes, in any thread."""
 
     def __init__(self, memory: HostMemory, folder: Path) -> None:
         self._memory = memory
@@ -110,8 +114,12 @@ class SnapshotWriter:
         except Exception as error:
             self.failure = error
 
+    def arrive(self) -> None:
+        """Wait for what comes from a GPU. What the host holds itself must not change before `settle` has returned."""
+        self._memory.arrive()
+
     def settle(self) -> None:
-        """Wait until every copy has arrived; the state may change afterwards."""
+        """Copy what is still to be copied; the state may change afterwards."""
         self._memory.settle()
 
     def into(self, *, moved: Callable[[int], None] | None = None) -> dict[str, Facts]:
@@ -120,6 +128,7 @@ class SnapshotWriter:
         Raises:
             OSError: the disk is full or the folder cannot be written; the message says how much room there is.
         """
+        self.settle()
         files = dict(self._copied)
         for name in list(self._states):
             files[name] = write_file(self._folder / name, self._states.pop(name), moved=moved)
@@ -139,6 +148,7 @@ class HostMemory:
         self._slab = 0
         self._offset = 0
         self._seen: dict[tuple[Any, ...], Tensor] = {}
+        self._later: list[tuple[Tensor, Tensor]] = []
         self._on_gpu = False
         self.used_bytes = 0
 
@@ -150,7 +160,7 @@ class HostMemory:
     def begin(self) -> None:
         """Start a new copy over the old one, which must have been written."""
         self._slab = self._offset = self.used_bytes = 0
-        self._seen = {}
+        self._seen, self._later = {}, []
 
     def copy(self, item: Any) -> Any:
         """`item` with every tensor in our buffers and everything else deep-copied.
@@ -173,11 +183,17 @@ class HostMemory:
             return kind(self.copy(value) for value in item)
         return item if isinstance(item, _PLAIN) else copy.deepcopy(item)
 
-    def settle(self) -> None:
-        """Wait for copies from the GPU."""
+    def arrive(self) -> None:
+        """Wait for copies from the GPU, in the thread that began them."""
         self._seen = {}
         if self._on_gpu:
             torch.cuda.current_stream().synchronize()
+
+    def settle(self) -> None:
+        """Copy the host's own tensors, which must be as they were; at most once, in any thread."""
+        later, self._later = self._later, []
+        for made, source in later:
+            made.copy_(source)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         source = tensor.detach()
@@ -193,7 +209,10 @@ class HostMemory:
         made = (
             target.view(source.dtype).view(source.shape) if source.numel() else torch.empty_like(source, device="cpu")
         )
-        made.copy_(source, non_blocking=source.is_cuda)
+        if source.is_cuda or source.numel() * source.element_size() < _SMALL_BYTES:
+            made.copy_(source, non_blocking=source.is_cuda)
+        else:
+            self._later.append((made, source))
         if source.numel():
             self._seen[key] = made
         return made

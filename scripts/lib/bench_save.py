@@ -85,7 +85,7 @@ class Bench:
         dist.barrier()
         began = time.perf_counter()
         failed = self.checkpoints.begin(self.number, self.engine, {"step": self.number})
-        stall_s = time.perf_counter() - began
+        before_s = time.perf_counter() - began
         if failed:
             raise RuntimeError(failed.problem)
         steps = []
@@ -93,6 +93,8 @@ class Bench:
             steps.append(self.step())
         if self.landed is None or self.landed.problem:
             raise RuntimeError(self.landed.problem if self.landed else "the save never landed")
+        # Asking for the copy, and what the update had to wait for its end.
+        stall_s = max(before_s, self.landed.stall_s)
         self.landed = None
         return {"stall_s": stall_s, "steps_s": steps, "seconds": time.perf_counter() - began}
 

@@ -81,6 +81,8 @@ def test_preemption_during_a_slow_save(
 
 LONG = "at=step,rank=0,do=sleep:2.5,always"
 """40 steps that take 100 s."""
+TOO_LONG = "at=step,rank=0,do=sleep:8,always"
+"""Longer than a limit of 2 min and the minute that Slurm may be late."""
 
 
 @case("f03_time_limit_with_warning")
@@ -103,9 +105,9 @@ def test_time_limit_without_a_signal(_case: None, slurm_bed: FaultBed, slurm_ref
     script = slurm_bed.launcher("submit", recipe, "--print-sbatch").expect().out
     unwarned = "".join(line for line in script.splitlines(keepends=True) if "--signal" not in line)
     assert unwarned != script
-    job = slurm_bed.as_user(["sbatch", "--parsable"], input_text=unwarned, LAUNCHER_FAULT=LONG).expect().out.strip()
+    job = slurm_bed.as_user(["sbatch", "--parsable"], input_text=unwarned, LAUNCHER_FAULT=TOO_LONG).expect().out.strip()
     run = RunFolder(next((slurm_bed.home / "runs").glob("lora-unwarned-*")))
-    slurm_bed.until(lambda: "TIMEOUT" in slurm("sacct", "-X", "-n", "-j", job), "the limit", run, 240)
+    slurm_bed.until(lambda: "TIMEOUT" in slurm("sacct", "-X", "-n", "-j", job), "the limit", run, 400)
     assert_no_orphans(run)
     assert "time limit" in slurm_bed.launcher("why", run.run_id).expect().out
     slurm_bed.launcher("resume", run.run_id, "slurm.time=20").expect()

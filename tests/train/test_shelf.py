@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from launcher.errors import JobFailedError
 from launcher.runs.fence import Fence, FencedError, claim
 from launcher.runs.folder import RunFolder
 from launcher.worker.checkpoint import Checkpoints, Identity, Outcome
+from launcher.worker.snapshot import HostMemory
 from tests.privileges import unavailable
 
 
@@ -48,9 +51,11 @@ def _file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def _checkpoints(folder: Path, keep: int = 2, fence: Fence | None = None) -> Checkpoints:
+def _checkpoints(
+    folder: Path, keep: int = 2, fence: Fence | None = None, memory: HostMemory | None = None
+) -> Checkpoints:
     identity = Identity(run_id="tiny-abcde", attempt="7.0", world_size=1, zero_stage=0, method="lora")
-    return Checkpoints(folder, identity, keep=keep, fence=fence)
+    return Checkpoints(folder, identity, keep=keep, fence=fence, memory=memory)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_rubbish(tmp_path: Path) -> None:
@@ -98,6 +103,34 @@ def test_a_save_in_the_background_is_the_blocking_one_a_few_steps_later(tmp_path
     files = [json.loads((tmp_path / name / "step-000001" / "manifest.json").read_text())["files"] for name in "ab"]
     assert files[0] == files[1]
     assert background.newest() == outcome.path
+
+
+class SlowMemory(HostMemory):
+    """Host memory whose copies take until somebody allows them to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed = threading.Event()
+
+    def settle(self) -> None:
+        """Copy, when allowed."""
+        self.allowed.wait(60)
+        super().settle()
+
+
+def test_an_update_waits_until_the_copy_is_whole(tmp_path: Path) -> None:
+    """The votes are asked for between backward and update: they return when the state may change, not before."""
+    checkpoints = _checkpoints(tmp_path, memory=(memory := SlowMemory()))
+    assert checkpoints.begin(1, FakeEngine(), {}) is None
+    with ThreadPoolExecutor(1) as pool:
+        votes = pool.submit(checkpoints.votes)
+        with pytest.raises(TimeoutError):
+            votes.result(timeout=0.3)
+        memory.allowed.set()
+        votes.result(timeout=60)
+    outcome = checkpoints.join()
+    assert outcome is not None
+    assert outcome.stall_s >= 0.3
 
 
 def test_waiting_for_a_save_ends_with_it_on_disk(tmp_path: Path) -> None:

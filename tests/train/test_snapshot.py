@@ -56,6 +56,21 @@ def test_what_changes_after_the_copy_is_not_in_the_file(tmp_path: Path) -> None:
     assert _equal(torch.load(tmp_path / "a.pt", weights_only=True), _state())
 
 
+def test_large_tensors_of_the_host_are_copied_last(tmp_path: Path) -> None:
+    """Up to `settle` the file would have what they hold then: whoever changes them waits for it."""
+    large, small = torch.zeros(1 << 16), torch.zeros(8)
+    writer = SnapshotWriter(HostMemory(available=PLENTY), tmp_path)
+    writer.write("a.pt", {"large": large, "small": small})
+    writer.arrive()
+    large.fill_(1)
+    small.fill_(1)
+    writer.settle()
+    large.fill_(2)
+    writer.into()
+    told = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert (float(told["large"].max()), float(told["small"].max())) == (1.0, 0.0)
+
+
 def test_the_buffers_are_used_again_and_the_second_file_is_the_second_state(tmp_path: Path) -> None:
     """Two saves one after the other take memory once, and neither file has anything of the other."""
     memory = HostMemory(available=PLENTY)
