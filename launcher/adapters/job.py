@@ -46,6 +46,12 @@ def _compare(request: dict[str, Any]) -> dict[str, Any]:
     return compare(request)
 
 
+def _score(request: dict[str, Any]) -> dict[str, Any]:
+    from launcher.adapters.scoring import score
+
+    return score(request)
+
+
 ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "merge": _merge,
     "export": _export,
@@ -53,6 +59,7 @@ ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "compare": _compare,
     "combine": _combine,
     "reduce": _reduce,
+    "score": _score,
 }
 
 

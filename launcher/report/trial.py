@@ -57,25 +57,30 @@ def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Conso
     out = console or _console()
     forgetting = any(row.retention_change is not None for row in told)
     gpus, money = any(row.gpu_hours for row in told), any(row.cost is not None for row in told)
-    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["FORGETS"] if forgetting else []), "TRAIN", "WALL"]
+    scored = any(row.score is not None for row in told)
+    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["SCORE"] if scored else [])]
+    right += [*(["FORGETS"] if forgetting else []), "TRAIN", "WALL"]
     right += ["GPU-HOURS" if gpus else "NODE-HOURS", *(["COST"] if money else []), "PEAK", "WEIGHTS", "TOKENS"]
     table = _new_table(("CANDIDATE", "METHOD", "STATUS"), right)
     for row in told:
         if row.status != "rejected":
-            table.add_row(*_cells(row, forgetting=forgetting, money=money))
+            table.add_row(*_cells(row, scored=scored, forgetting=forgetting, money=money))
     out.print(table)
     for row in told:
         if row.why:
             out.print(f"{row.candidate}: {row.status}: {row.why}")
+    if document.get("base_score") is not None:
+        out.print(f"score of the base: {document['base_score']:.3f}")
     for line in verdict(document, told):
         out.print(line)
 
 
-def _cells(row: Row, *, forgetting: bool, money: bool) -> list[str]:
+def _cells(row: Row, *, scored: bool, forgetting: bool, money: bool) -> list[str]:
     status = f"stopped at {row.steps}" if row.status == "stopped" else row.status
     cells = [row.candidate, row.method, status, _text(row.lora_r), f"{row.learning_rate:.3g}"]
     cells += [f"{row.steps}/{row.of_steps}", _float(row.validation_loss, ".4f")]
     cells += [_float(row.spread, ".4f"), _float(row.perplexity, ".3f")]
+    cells += [_float(row.score, ".3f")] if scored else []
     cells += [_float(row.retention_change, "+.4f")] if forgetting else []
     cells += [_seconds(row.train_s), _seconds(row.wall_s), _float(row.device_hours, ".3g")]
     cells += [_float(row.cost, ".2f")] if money else []

@@ -20,14 +20,18 @@ from pathlib import Path
 
 from launcher.errors import JobFailedError, LauncherError, RecipeError, TemporaryError, raise_all
 from launcher.facts.command import run_slurm
+from launcher.facts.site import site_facts
+from launcher.recipe.load import load_recipe
 from launcher.runs.adoption import has_settled, ledger, open_submission
 from launcher.runs.folder import RunFolder, write_atomic
+from launcher.runs.measured import read_plan
 from launcher.runs.request import INDEX, JobRequest
 from launcher.runs.resume import Resumed, resume
 from launcher.runs.sbatch import setup_lines
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm
 from launcher.runs.slurm import find_named
 from launcher.runs.status import RunStatus, run_status
+from launcher.runs.submission import job_request
 from launcher.runs.submission import remember as remember_job
 from launcher.runs.trial import is_last, make_runs, remember, set_pause, settle
 from launcher.runs.trial_folder import Task, Trial
@@ -141,15 +145,15 @@ def _send(trial: Trial, tasks: Sequence[Task], rung: int, say: Say) -> str:
         LauncherError: a check or Slurm refuses, or Slurm does not answer.
     """
     array = _new_folder(trial)
-    resumed = [_prepare(trial, task, rung, array.path / str(index)) for index, task in enumerate(tasks)]
-    for notice in dict.fromkeys(notice for each in resumed for notice in each.notices):
+    prepared = [_prepare(trial, task, rung, array.path / str(index)) for index, task in enumerate(tasks)]
+    for notice in dict.fromkeys(notice for _, _, notices in prepared for notice in notices):
         say(notice)
-    request = array_request(trial, array, [each.request for each in resumed])
+    request = array_request(trial, array, [each for _, each, _ in prepared])
     raise_all(RecipeError, request.problems())
-    token, runs = secrets.token_hex(8), [each.run.run_id for each in resumed]
-    for each in resumed:
-        remember_job(each.request, each.run, job_id=None)
-        leave_secrets(each.run.path)
+    token, runs = secrets.token_hex(8), [run.run_id for run, _, _ in prepared]
+    for run, each, _ in prepared:
+        remember_job(each, run, job_id=None)
+        leave_secrets(run.path)
     array.record("submitting", token=token, rung=rung, runs=runs, cluster="slurm", job_name=request.name)
     try:
         with clean_environment(), private_files():
@@ -174,15 +178,18 @@ def _new_folder(trial: Trial) -> RunFolder:
         return RunFolder(folder)
 
 
-def _prepare(trial: Trial, task: Task, rung: int, link: Path) -> Resumed:
-    """Everything of one task but its submission: where its run is to pause, and the job it would be alone."""
+def _prepare(trial: Trial, task: Task, rung: int, link: Path) -> tuple[RunFolder, JobRequest, tuple[str, ...]]:
+    """Everything of one task but its submission: where its run is to pause, the job it would be alone, and notices."""
     run = _run(trial, task)
     set_pause(trial, task, run, rung)
+    link.symlink_to(os.path.relpath(run.path, link.parent))
+    if not run.job.exists():  # checked when it was made, a moment ago
+        recipe = load_recipe(run.resolved)
+        return run, job_request(read_plan(run), recipe, run, site_facts(recipe.slurm.site)), ()
     resumed = resume(run, dry_run=True)
     if not isinstance(resumed, Resumed):
         raise RuntimeError(f"{run.run_id} is finished and was to be taken to rung {rung + 1}")
-    link.symlink_to(os.path.relpath(run.path, link.parent))
-    return resumed
+    return run, resumed.request, resumed.notices
 
 
 def array_request(trial: Trial, array: RunFolder, requests: Sequence[JobRequest]) -> JobRequest:

@@ -6,9 +6,10 @@ the last bit whatever interrupted the runs. Times, and costs with them, are meas
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.runs.trial_folder import Trial
@@ -25,7 +26,7 @@ _T_95 = (
 _NORMAL_95 = 1.960
 _QUALITY = (
     *("candidate", "status", "rung", "steps", "seeds", "validation_loss", "losses", "spread", "perplexity"),
-    *("base_loss", "retention", "retention_change"),
+    *("base_loss", "score", "retention", "retention_change"),
 )
 
 
@@ -52,6 +53,8 @@ class Row:
     """Standard deviation over the seeds; None with one."""
     perplexity: float | None = None
     base_loss: float | None = None
+    score: float | None = None
+    """What the scorer gave the answers to held-out prompts; None where none was asked for."""
     retention: float | None = None
     retention_change: float | None = None
     """Loss on the second set now, less that of the base; positive = something was forgotten."""
@@ -82,7 +85,18 @@ class Row:
 def rows(trial: Trial, standing: Standing) -> list[Row]:
     """The table, best first: who came further, and of those the lower loss."""
     told = [_row(trial, standing, each.name) for each in trial.candidates]
+    given = scores(trial)
+    told = [replace(row, score=_mean(given.get(run) for run in row.runs)) for row in told]
     return sorted(told, key=lambda row: (row.status == "rejected", -row.rung, _or_inf(row.validation_loss)))
+
+
+def scores(trial: Trial) -> dict[str, float]:
+    """Run -> mean score of its answers, `base` among them; {} where no scorer has looked (see trial_scorer.py)."""
+    try:
+        document = json.loads((trial.path / "scores.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(document["scores"])
 
 
 def _or_inf(value: float | None) -> float:
@@ -207,4 +221,5 @@ def to_json(trial: Trial, standing: Standing, told: Sequence[Row]) -> dict[str, 
         "rows": [asdict(row) | {"losses": list(row.losses), "runs": list(row.runs)} for row in told],
         "smallest_difference": smallest_difference(finished),
         "ties": ties(told) if standing.finished else [],
+        "base_score": scores(trial).get("base"),
     }

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     help="What --pick chooses by.",
 )
 @click.option("--pick", type=click.Path(path_type=Path, dir_okay=False), help="Write the winning recipe to this file.")
+@click.option("--scorer", metavar="exact|FILE.py:FUNCTION", help="Judge answers of the finished to held-out prompts.")
 @click.option("--dry-run", is_flag=True, help="Show candidates, rungs and predicted cost; write nothing.")
 @json_flag
 @runs_option
@@ -62,6 +63,7 @@ def command(
     wait: bool,
     objective: Objective,
     pick: Path | None,
+    scorer: str | None,
     dry_run: bool,
     as_json: bool,
     parent: Path | None,
@@ -95,7 +97,7 @@ def command(
         raise click.UsageError(
             f"{found.name} is a trial, which goes on as it began; leave overrides and candidates out"
         )
-    _go_on(found, objective, pick, as_json=as_json, wait=wait, dry_run=dry_run)
+    _go_on(found, objective, pick, None if dry_run else scorer, as_json=as_json, wait=wait, dry_run=dry_run)
 
 
 def _specs(lines: tuple[str, ...], file: Path | None) -> tuple[Spec, ...] | None:
@@ -125,15 +127,26 @@ def _new(asked: Asked, *, dry_run: bool, as_json: bool) -> Trial | None:
     return made
 
 
-def _go_on(found: Trial, objective: Objective, pick: Path | None, *, as_json: bool, wait: bool, dry_run: bool) -> None:
+def _go_on(
+    found: Trial,
+    objective: Objective,
+    pick: Path | None,
+    scorer: str | None,
+    *,
+    as_json: bool,
+    wait: bool,
+    dry_run: bool,
+) -> None:
     """Take a trial as far as it goes, and show it."""
     from launcher.report.trial import print_table
-    from launcher.runs import trial, trial_choice
+    from launcher.runs import trial, trial_choice, trial_scorer
     from launcher.runs.trial_standing import stand
     from launcher.runs.trial_table import rows
 
     say = functools.partial(click.echo, err=True)
     standing = stand(found) if dry_run else trial.advance(found, say, wait=wait)
+    if scorer is not None and standing.finished:
+        trial_scorer.measure(found, standing, scorer)
     told = rows(found, standing)
     document = trial.remember(found, standing, dry_run=dry_run)
     choice = trial_choice.choose(told, objective) if standing.finished else None

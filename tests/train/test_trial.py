@@ -139,6 +139,19 @@ def test_the_winner_can_be_submitted(user: User, undisturbed: Trial) -> None:
     assert "one seed" in (user.home / "best.yaml").read_text(encoding="utf-8")
 
 
+def test_a_function_of_the_user_judges_the_answers(user: User, undisturbed: Trial) -> None:
+    """It is called in the train environment, on the answers of those that finished and of the base."""
+    (user.home / "mine.py").write_text(
+        "def judge(answer, reference, prompt):\n    return len(reference) + len(answer) / 1000\n"
+    )
+    document = json.loads(user.trial(undisturbed.name, "--scorer", "mine.py:judge", "--json"))
+    scores = {row["candidate"]: row["score"] for row in document["rows"]}
+    finished = [name for name, row in table(undisturbed).items() if row.status == "finished"]
+    assert {name for name, score in scores.items() if score is not None} == set(finished)
+    assert all(scores[name] > 1 for name in finished) and document["base_score"] > 1
+    (undisturbed.path / "scores.json").unlink()
+
+
 def test_a_pause_changes_nothing_in_a_run(user: User, undisturbed: Trial) -> None:
     """Whoever finished has, to the last bit, the loss of a run that never paused: a rung is no shorter schedule."""
     finished = [line for line in CANDIDATES if table(undisturbed)[line.partition(":")[0]].status == "finished"]
