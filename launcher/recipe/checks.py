@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[Test, str]] = {
     "data.validation.share": _SHARE,
     "data.validation.count": _COUNT,
     "data.retention_max_rise": _POSITIVE,
+    "data.split_seed": (lambda x: 0 <= x < 2**32, "0 to 4294967295"),
     "data.max_seq_length": (lambda x: 8 <= x <= 10_000_000, "8 to 10,000,000 tokens"),
     "train.global_batch_size": _COUNT,
     "train.per_device_train_batch_size": _COUNT,

@@ -17,6 +17,7 @@ import pytest
 from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.trial_folder import Trial, find_trial
+from launcher.runs.trial_scores import score
 from launcher.runs.trial_standing import stand
 from launcher.runs.trial_table import Row, rows
 from tests.tiny import make_chat_rows, make_recipe
@@ -189,6 +190,22 @@ def test_a_trial_that_was_interrupted_says_so_and_goes_on(user: User, undisturbe
     assert f"go on with: launcher trial {trial.name}" in err
     user.trial(trial.name)
     assert quality(trial) == quality(undisturbed)
+
+
+def test_seeds_are_compared_on_the_same_rows(user: User, undisturbed: Trial) -> None:
+    """LoRA begins as the base, so equal losses before the first step mean equal rows; from there on seeds differ."""
+    words = [*candidates("low: lora.r=4 train.learning_rate=1e-4", "high: lora.r=4 train.learning_rate=1e-2")]
+    document = json.loads(
+        user.trial("tiny.yaml", "train.max_steps=3", *words, "--seeds", "2", "--rungs", "1", "--json")
+    )
+    trial = user.trials()[-1]
+    runs = [trial.run_of(task) for task in trial.tasks(["low", "high"])]
+    assert len({score(run, 3).base_loss for run in runs if run is not None}) == 1
+    told = table(trial)
+    assert all(len(set(row.losses)) == 2 and row.spread for row in told.values())
+    noise, (best, other) = document["smallest_difference"], told.values()
+    assert best.validation_loss is not None and other.validation_loss is not None
+    assert (len(document["ties"]) == 1) == (other.validation_loss - best.validation_loss > noise)
 
 
 def test_nothing_is_written_in_a_dry_run(user: User) -> None:

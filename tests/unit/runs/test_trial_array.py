@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ClusterError, JobFailedError, TemporaryError
-from launcher.recipe.load import recipe_to_yaml
+from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.runs import trial
 from launcher.runs.folder import RunFolder, append_json_line, read_json_lines
 from launcher.runs.sending import silent
@@ -130,6 +130,18 @@ def test_every_run_of_an_array_is_an_ordinary_run(tmp_path: Path, cluster: FakeS
     assert (request["run_dir"], request["name"], request["array"]) == (str(run.path), run.run_id, None)
     assert [line["job_id"] for line in read_json_lines(run.attempts) if line["event"] == "submitted"] == ["42_2"]
     assert json.loads(run.pause.read_text()) == {"after_step": 4}
+
+
+def test_the_runs_of_a_trial_are_one_group(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """W&B shows them together, each under its candidate's name, with all that must be the same."""
+    made = make_trial(tmp_path)
+    trial.make_runs(made, stand(made).todo, silent)
+    recipes = [load_recipe(run_of(made, name).resolved) for name in "abcd"]
+    assert {recipe.wandb.group for recipe in recipes} == {made.name}
+    assert [recipe.name for recipe in recipes] == [f"tiny-{name}" for name in "abcd"]
+    assert {(recipe.train.seed, recipe.train.max_steps, recipe.data) for recipe in recipes} == {
+        (42, 8, recipes[0].data)
+    }
 
 
 def test_a_task_finds_its_run_by_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
