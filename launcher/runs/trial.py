@@ -260,20 +260,29 @@ def _here(trial: Trial, say: Say) -> Standing:
 
 
 def _run_here(trial: Trial, task: Task, run: RunFolder, rung: int, say: Say) -> None:
-    """Start or go on with a run, wait until it leaves, and note if it cannot go on."""
+    """Start or go on with a run, wait until it leaves, and note if it cannot go on.
+
+    One that is alive already was left by a launcher that was killed: it is waited for, then taken further.
+    """
     set_pause(trial, task, run, rung)
+    step, started = trial.steps(task.candidate, rung), False
     try:
-        if run_status(run).ended or run_status(run).state == "NOT_SUBMITTED":
-            resume(run, say=say)
-        while not (status := run_status(run)).ended:
-            time.sleep(_POLL_S)
+        while True:
+            status = run_status(run)
+            if not status.ended and status.state != "NOT_SUBMITTED":
+                time.sleep(_POLL_S)
+            elif reached(run, step, last=is_last(trial, rung)):
+                return
+            elif started:
+                settle(trial, task, run, rung, status.sentence)
+                return
+            else:
+                resume(run, say=say)
+                started = True
     except KeyboardInterrupt:
         cancel(run)
         say(f"interrupted; go on with: launcher trial {trial.name}")
         raise
-    if reached(run, trial.steps(task.candidate, rung), last=is_last(trial, rung)):
-        return
-    settle(trial, task, run, rung, status.sentence)
 
 
 def settle(trial: Trial, task: Task, run: RunFolder, rung: int, sentence: str) -> None:
