@@ -175,6 +175,8 @@ class _Checker:
                 self.refuse("lora.target_modules", f"expected module names such as q_proj, found {target!r}")
         if not targets:
             self.refuse("lora.target_modules", "expected all-linear or at least one module name")
+        if recipe.output_group is not None and not re.fullmatch(r"[A-Za-z_][\w.-]{0,31}", recipe.output_group):
+            self.refuse("output_group", f"expected the name of a Unix group, found {recipe.output_group!r}")
         for path in ("model.name_or_path", "data.chat_template", "output_dir", "slurm.site"):
             if not self.value(path).strip():
                 self.refuse(path, "expected text, found nothing")

@@ -284,3 +284,5 @@ class Recipe:
     export: ExportSection = ExportSection()
     output_dir: str = AUTO
     """Folder that receives run folders; auto = $LAUNCHER_RUNS or ./runs."""
+    output_group: str | None = None
+    """Unix group that may read this run: plan, logs, metrics and results, not checkpoints; None = nobody but you."""

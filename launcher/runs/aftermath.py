@@ -35,7 +35,7 @@ from typing import Any
 from launcher.errors import LauncherError, TemporaryError
 from launcher.recipe.load import load_recipe
 from launcher.runs.diagnosis import Cause, Diagnosis, diagnose
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, make_folder
 from launcher.runs.policy import Action, Decision, History, Limits, decide
 from launcher.runs.remains import text
 from launcher.runs.requeue import RefusedError, follow_up, nodes_there, put_back, stored_request
@@ -129,7 +129,7 @@ def change(run: RunFolder, decision: Decision) -> Decision:
 
 def claim(run: RunFolder, attempt: str) -> bool:
     """Be the one who decides about an attempt; False for whoever comes second."""
-    run.decisions.mkdir(mode=0o700, exist_ok=True)
+    make_folder(run.decisions)
     try:
         descriptor = os.open(run.decisions / f"{attempt}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.folder import RunFolder, write_atomic, write_json
+from launcher.runs.folder import RunFolder, make_folder, write_atomic, write_json
 
 GATHER_S = 4.0
 """How long a supervisor waits for the reports of the other ranks of a hung attempt."""
@@ -34,7 +34,8 @@ def write_death(run: RunFolder, attempt: str, facts: dict[str, Any]) -> bool:
     path = run.error(attempt, int(facts["rank"]))
     if path.exists():
         return False
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(run.errors)
+    make_folder(path.parent)
     write_json(path, facts)
     return True
 
@@ -81,7 +82,8 @@ class Culprit:
 def report_hang(run: RunFolder, attempt: str, report: HangReport, stack: str) -> None:
     """Write what was seen of one silent rank; the first report is the alarm for the other supervisors."""
     folder = run.errors / attempt
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(run.errors)
+    make_folder(folder)
     if stack:
         write_atomic(folder / f"stack-rank-{report.rank}.txt", stack)
     write_json(folder / f"hang-rank-{report.rank}.json", dataclasses.asdict(report))

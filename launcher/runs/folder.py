@@ -6,10 +6,12 @@ The run folder is the only state of a run (docs/architecture.md, decision 2). Li
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,11 +22,53 @@ _ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 """No 0/o, 1/l/i: run names are read aloud and typed."""
 
 
+_GROUP_FOLDER = stat.S_ISGID | 0o750
+_GROUP_FILE = 0o640
+
+
+def for_group(folder: Path) -> bool:
+    """Whether a folder is one that its group may read (recipe's output_group): 2750, which nothing else here makes."""
+    try:
+        mode = stat.S_IMODE(folder.lstat().st_mode)
+    except OSError:
+        return False
+    return mode & _GROUP_FOLDER == _GROUP_FOLDER
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is missing, as its parent is: for us alone, or for the group to read; whatever the umask."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    open_folder(path)
+
+
+def open_folder(path: Path) -> None:
+    """Give a new folder to the group that its parent is for; nothing where that is for us alone."""
+    if for_group(path.parent):
+        path.chmod(_GROUP_FOLDER)
+
+
+def show_group(path: Path) -> None:
+    """Let the group read a file of ours that lies in a folder for the group; a link or another's file stays."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            facts = os.fstat(descriptor)
+            if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and for_group(path.parent):
+                os.fchmod(descriptor, _GROUP_FILE)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` beside `path`, fsync and rename, so that readers never see half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
+        if for_group(path.parent):
+            os.fchmod(descriptor, _GROUP_FILE)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -45,6 +89,8 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
     line = (json.dumps(value, sort_keys=True) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     try:
+        if not os.fstat(descriptor).st_size and for_group(path.parent):
+            os.fchmod(descriptor, _GROUP_FILE)
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
@@ -88,22 +134,35 @@ class RunFolder:
     """Asked before a worker writes ledger, heartbeat, metrics or result; None for everybody else."""
 
     @classmethod
-    def create(cls, parent: Path, name: str) -> RunFolder:
+    def create(cls, parent: Path, name: str, *, group: str | None = None) -> RunFolder:
         """Make a new run folder (mode 0700) with its empty sub-folders.
+
+        `group`: who may read it, logs and results included; checkpoints, which readers would unpickle, the ranks'
+        token and what was submitted stay ours alone.
 
         Raises:
             FileExistsError: never in practice; after 20 collisions of the random id.
-            OSError: the parent cannot be written.
+            OSError: the parent cannot be written, or may not be given to the group.
+            KeyError: there is no such group.
         """
-        parent.mkdir(parents=True, exist_ok=True)
+        gid = None if group is None else grp.getgrnam(group).gr_gid
+        if not parent.exists():
+            parent.mkdir(parents=True)
+            if gid is not None:  # the group must pass; what else lies there has modes of its own
+                os.chown(parent, -1, gid)
+                parent.chmod(0o710)
         for _ in range(20):
             path = parent / f"{name}-{new_run_id()}"
             try:
                 path.mkdir(mode=0o700)
             except FileExistsError:
                 continue
+            if gid is not None:
+                os.chown(path, -1, gid)
+                path.chmod(_GROUP_FOLDER)
             folder = cls(path.resolve())
-            for sub in (folder.checkpoints, folder.logs, folder.rendezvous, folder.submission):
+            make_folder(folder.logs)
+            for sub in (folder.checkpoints, folder.rendezvous, folder.submission):
                 sub.mkdir(mode=0o700)
             return folder
         raise FileExistsError(f"no free run id under {parent}")

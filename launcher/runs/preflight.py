@@ -24,7 +24,7 @@ from launcher.runs.asked import asked
 from launcher.runs.folder import RunFolder
 from launcher.runs.preflight_cluster import check_cluster
 from launcher.runs.preflight_data import overlaps, read_source, sources, too_little
-from launcher.runs.preflight_files import check_folder, check_working_folder, no_room, unshared
+from launcher.runs.preflight_files import check_folder, check_working_folder, group_problems, no_room, unshared
 from launcher.runs.preflight_tracking import tracking_problems
 from launcher.runs.request import JobRequest
 from launcher.runs.submission import job_request
@@ -161,6 +161,7 @@ def _check_files(recipe: Recipe, plan: Plan, site: Site, parent: Path, kept: int
     """
     check_working_folder()
     check_folder(parent)
+    found.add(ClusterError, *group_problems(recipe.output_group, parent.absolute(), found.notices))
     if site.executor == "slurm":
         if shutil.which("sbatch") is None:  # a dry run on a laptop: other disks than the job's
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
 import secrets
 from collections.abc import Iterator
@@ -38,6 +40,39 @@ def check_folder(parent: Path) -> None:
             f"output_dir: {parent} cannot be written ({error.strerror}); set output_dir=... or LAUNCHER_RUNS to a "
             "folder that you own and that the compute nodes share"
         ) from error
+
+
+def group_problems(group: str | None, parent: Path, notices: list[str]) -> Iterator[str]:
+    """Why a run could not be given to a group to read; one notice where the group could not get as far as the run."""
+    if group is None:
+        return
+    try:
+        facts = grp.getgrnam(group)
+    except KeyError:
+        yield f"output_group: there is no group {group!r} here; yours: {', '.join(_my_groups())}"
+        return
+    if facts.gr_gid not in {os.getegid(), *os.getgroups()} and os.geteuid() != 0:
+        yield f"output_group: you are not in the group {group!r}; yours: {', '.join(_my_groups())}"
+        return
+    closed = [str(folder) for folder in (parent, *parent.parents) if folder.exists() and not _may_pass(folder, facts)]
+    if closed:
+        notices.append(
+            f"output_group: {group} may read the run but not pass {', '.join(reversed(closed))}; "
+            f"chgrp {group} and chmod g+x where that is yours to decide"
+        )
+
+
+def _my_groups() -> list[str]:
+    names = []
+    for number in sorted({os.getegid(), *os.getgroups()}):
+        with contextlib.suppress(KeyError):
+            names.append(grp.getgrgid(number).gr_name)
+    return names
+
+
+def _may_pass(folder: Path, group: grp.struct_group) -> bool:
+    mode = folder.stat()
+    return bool(mode.st_mode & 0o001) or (mode.st_gid == group.gr_gid and bool(mode.st_mode & 0o010))
 
 
 def check_working_folder() -> None:

@@ -56,7 +56,7 @@ def create_run(
     try:
         with private_files():
             # Hidden until it is whole: whoever is killed in between leaves no half of a run.
-            run = RunFolder.create(parent.resolve(), f".{recipe.name}")
+            run = RunFolder.create(parent.resolve(), f".{recipe.name}", group=recipe.output_group)
         write_atomic(run.recipe, recipe_text)
         write_atomic(run.resolved, recipe_to_yaml(recipe))
         write_json(run.plan, plan_to_json(plan))
@@ -67,6 +67,8 @@ def create_run(
         around = {"recipe_file": None if origin is None else str(origin.resolve()), "inputs": input_facts(recipe)}
         write_json(run.environment, environment_facts(python_of(site)) | around)
         return RunFolder(run.path.rename(run.path.with_name(run.run_id.removeprefix("."))))
+    except KeyError as error:
+        raise ClusterError(f"output_group: there is no group {recipe.output_group} here") from error
     except OSError as error:
         raise ClusterError(f"output_dir: cannot write the run folder in {parent}: {error}") from error
 

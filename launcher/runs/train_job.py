@@ -69,7 +69,17 @@ def main(argv: list[str]) -> int:
     if trouble:
         print(f"error: run folder {run_dir}: {trouble}; nothing in it is read", file=sys.stderr)
         return 5
+    show_logs(run_dir)
     return supervise(run_dir)
+
+
+def show_logs(run_dir: Path) -> None:
+    """Slurm makes the logs, for their owner alone; in a run that a group may read, it may read them, too."""
+    from launcher.runs.folder import RunFolder, for_group, show_group
+
+    logs = RunFolder(run_dir).logs
+    for path in logs.iterdir() if for_group(logs) else ():
+        show_group(path)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from launcher.facts.fingerprint import model_fingerprint
 from launcher.facts.staged import hub_name
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import PROMPT_METHODS, Recipe
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, open_folder
 from launcher.worker.base import DTYPES, base_bytes, load_base, local_folder, shapes, weight_files, without_zero3
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -62,6 +62,7 @@ def write_artifact(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    open_folder(temporary)
     try:
         if recipe.method == "full":
             _write_model(temporary, state, model, recipe)

@@ -25,7 +25,7 @@ from launcher.recipe.load import load_recipe
 from launcher.recipe.schema import Recipe
 from launcher.runs import stacks
 from launcher.runs.fence import claim, replaced
-from launcher.runs.folder import RunFolder, write_json
+from launcher.runs.folder import RunFolder, make_folder, write_json
 from launcher.runs.pulse import Pulse
 from launcher.runs.redaction import redact, redact_all, redact_output
 from launcher.worker import faults, rendezvous
@@ -197,8 +197,8 @@ def _failed(folder: RunFolder, place: Place | None, error: Exception, pulse: Pul
     }
     with contextlib.suppress(OSError):  # the disk may be what failed; the exit code still tells
         path = folder.error(place.attempt if place else "unknown", rank)
-        folder.errors.mkdir(mode=0o700, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        make_folder(folder.errors)
+        make_folder(path.parent)
         write_json(path, redact_all(facts | (place.names if place else {})))
         if place is None or not replaced(folder, place.attempt):
             names = place.names if place else {}

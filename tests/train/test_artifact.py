@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import stat
@@ -205,6 +206,17 @@ def test_file_modes_follow_the_umask(
     umask(mask)
     _, path = lora.write(tmp_path)
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
+
+
+def test_a_group_that_may_read_the_run_may_read_its_adapter(
+    lora: Trained, tmp_path: Path, umask: Callable[[int], None]
+) -> None:
+    """Whatever the job's umask, which is 077 in every job."""
+    umask(0o077)
+    run = RunFolder.create(tmp_path / "runs", "tiny", group=grp.getgrgid(os.getegid()).gr_name)
+    path = write_artifact(lora.state, lora.model, load_tokenizer(lora.recipe), lora.recipe, run)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o2750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
 
 
 def test_artifact_of_an_earlier_attempt_is_replaced(lora: Trained, tmp_path: Path) -> None:

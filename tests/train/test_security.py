@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
 import pickle
@@ -124,7 +125,10 @@ def test_s16_a_file_with_another_token_or_of_another_attempt_leads_nowhere(tmp_p
 
 @pytest.fixture(scope="module")
 def life(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that succeeds and one that dies of an exception quoting a key, in a network that leads nowhere."""
+    """A run that succeeds and one that dies of an exception quoting a key, in a network that leads nowhere.
+
+    The second one is for a group to read.
+    """
     if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0:
         unavailable("needs root and network namespaces (unshare --net)")
     home = tmp_path_factory.mktemp("life")
@@ -151,11 +155,12 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "        return real(name, *rest, **named)\n"
         "    builtins.__import__ = bad\n"
     )
-    for number, more in enumerate(({}, {"QUOTE_KEY": "1"})):
+    group = [f"output_group={grp.getgrgid(os.getegid()).gr_name}"]
+    for number, (more, overrides) in enumerate((({}, []), ({"QUOTE_KEY": "1"}, group))):
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("LAUNCHER_", "SLURM_"))}
         environ |= SECRETS | more | {"PYTHONPATH": f"{home}:{TOP}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
         words = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", sys.executable, "-m",
-                 "launcher.cli", "submit", "life.yaml", "--local"]  # fmt: skip
+                 "launcher.cli", "submit", "life.yaml", "--local", *overrides]  # fmt: skip
         ran = subprocess.run(words, cwd=home, env=environ, capture_output=True, text=True, timeout=400, check=False)
         (home / f"terminal-{number}").write_text(f"exit {ran.returncode}\n{ran.stdout}{ran.stderr}")
     return home
@@ -171,10 +176,24 @@ def test_s09_s11_no_secret_is_written_in_a_whole_life(life: Path) -> None:
 
 
 def test_s12_every_file_of_a_run_is_private(life: Path) -> None:
-    """Whoever wrote it: launcher, ranks, W&B, safetensors."""
-    files = [path for path in (life / "runs").rglob("*") if not path.is_symlink()]
+    """Whoever wrote it: launcher, ranks, W&B, safetensors; nothing beside the runs is open to others either."""
+    shared = next(path.parents[2] for path in (life / "runs").glob("*/errors/*/rank-0.json"))
+    files = [
+        path for path in (life / "runs").rglob("*") if not path.is_symlink() and shared not in (path, *path.parents)
+    ]
     assert len(files) > 20
     assert [str(path) for path in files if path.stat().st_mode & 0o077] == []
+
+
+def test_s12_a_run_for_a_group_is_read_by_it_and_written_by_nobody(life: Path) -> None:
+    """Plan, ledger, log and the report of the error; checkpoints, the ranks' token and what was submitted are not."""
+    run = next(path.parents[2] for path in (life / "runs").glob("*/errors/*/rank-0.json"))
+    everything = [path for path in (run, *run.rglob("*")) if not path.is_symlink()]
+    assert [str(path) for path in everything if path.stat().st_mode & 0o027] == []
+    shown = {path.relative_to(run).parts[0] for path in everything[1:] if path.stat().st_mode & 0o040}
+    assert {"plan.json", "recipe.yaml", "attempts.jsonl", "logs", "errors"} <= shown
+    assert not shown & {"checkpoints", "rendezvous", "submission", "wandb"}
+    assert all(path.stat().st_mode & 0o040 for path in [*run.glob("logs/*.out"), *run.glob("errors/*/*.json")])
 
 
 def test_s17_a_run_needs_no_network_and_opens_no_service(life: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from launcher.errors import ClusterError, DataError, LauncherError, ModelError, 
 from launcher.facts.weights import model_folder_problems
 from launcher.recipe.schema import DataSource, ModelSection
 from launcher.runs.preflight import check
+from launcher.runs.preflight_files import group_problems
 from tests.tiny import make_model_dir, make_recipe
 from tests.unit.runs.material import FakeSlurm, make_plan, make_site
 
@@ -220,3 +223,23 @@ def test_custom_code_needs_trust(tmp_path: Path, model: Path, cluster: FakeSlurm
     error = refuse(tmp_path)
     assert isinstance(error, ModelError) and "modeling_x.py" in str(error)
     assert check(make_recipe(tmp_path, model={"trust_remote_code": True}), make_plan(), make_site(), tmp_path) == []
+
+
+def test_a_group_that_could_not_read_the_run_is_refused(tmp_path: Path) -> None:
+    """One that does not exist, with the groups there are; a notice where a folder above the run is closed to it."""
+    notices: list[str] = []
+    mine = grp.getgrgid(os.getegid()).gr_name
+    (problem,) = group_problems("no-such-group", tmp_path, notices)
+    assert "no group 'no-such-group'" in problem and mine in problem
+    assert list(group_problems(None, tmp_path, notices)) == [] == notices
+    tmp_path.chmod(0o700)
+    assert list(group_problems(mine, tmp_path / "runs", notices)) == []
+    assert len(notices) == 1 and str(tmp_path) in notices[0] and f"chgrp {mine}" in notices[0]
+
+
+def test_a_group_that_is_not_the_users_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only root could give it a folder."""
+    other = next(one for one in grp.getgrall() if one.gr_gid not in {os.getegid(), *os.getgroups()})
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    (problem,) = group_problems(other.gr_name, tmp_path, [])
+    assert f"you are not in the group {other.gr_name!r}" in problem

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import grp
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,8 @@ from launcher.facts.slurm_text import names
 from launcher.facts.weights import model_folder_problems
 from launcher.recipe.load import recipe_from_text
 from launcher.runs import redaction, variables
-from launcher.runs.folder import RunFolder, append_json_line, write_atomic
+from launcher.runs.autopsy import write_death
+from launcher.runs.folder import RunFolder, append_json_line, make_folder, write_atomic
 from launcher.runs.garbage import find_garbage
 from launcher.runs.kept import kept_checkpoints
 from launcher.runs.lock import hold
@@ -35,6 +40,7 @@ from launcher.runs.sbatch import plain_script, submitit_script
 from launcher.runs.slurm import _parse_sacct, _parse_squeue
 from launcher.runs.submission import submit
 from launcher.runs.train_job import main as task_main
+from launcher.runs.train_job import show_logs
 from tests.privileges import unavailable
 from tests.tiny import make_model_dir
 from tests.unit.recipe.material import GOOD
@@ -295,6 +301,82 @@ def test_s12_everything_a_submission_writes_is_private(tmp_path: Path, fake_slur
     assert len(written) > 2
     assert [f"{one.name} {one.stat().st_mode:o}" for one in written if one.stat().st_mode & 0o077] == []
     assert "\numask 077\n" in plain_script(make_request())
+
+
+def other_group() -> grp.struct_group:
+    """A group that is nobody's here by default."""
+    return next(one for one in grp.getgrall() if one.gr_gid not in {0, STRANGER, *os.getgroups()})
+
+
+def seen_by(user: int, group: int, *words: str) -> int:
+    """Exit status of a command run as another user in one group only."""
+    ran = subprocess.run(words, user=user, group=group, extra_groups=[], capture_output=True, cwd="/", check=False)
+    return ran.returncode
+
+
+@pytest.fixture
+def passable() -> Iterator[Path]:
+    """A folder that everybody may pass: pytest's own are private."""
+    folder = Path(tempfile.mkdtemp(prefix="launcher-group-", dir="/tmp"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_s12_a_group_reads_a_run_that_was_given_to_it(passable: Path) -> None:
+    """With `output_group` a colleague reads plan, ledger, logs and errors, and writes nothing; others read nothing.
+
+    Checkpoints, which a reader would unpickle, the ranks' token and secrets stay the owner's alone.
+    """
+    as_root()
+    team = other_group()
+    run = RunFolder.create(passable / "runs", "shared", group=team.gr_name)
+    log = run.logs / "5_0.out"
+    log.write_text("step 1\n")
+    log.chmod(0o600)
+    write_atomic(run.plan, "{}")
+    run.record("submitted", job_id="5")
+    write_death(run, "5.0", {"rank": 1, "message": "broke"})
+    show_logs(run.path)
+    write_atomic(run.rendezvous / "token", "secret")
+    make_folder(run.checkpoint(3))
+    variables.leave_secrets(run.path, {"WANDB_API_KEY": CANARY})
+    for path in (run.plan, run.attempts, log, run.error("5.0", 1)):
+        assert seen_by(STRANGER, team.gr_gid, "cat", str(path)) == 0, path
+        assert seen_by(STRANGER, STRANGER, "cat", str(path)) != 0, path
+    for path in (run.rendezvous / "token", run.path.parent / ".secrets" / "environment.json"):
+        assert seen_by(STRANGER, team.gr_gid, "cat", str(path)) != 0, path
+    assert seen_by(STRANGER, team.gr_gid, "ls", str(run.checkpoints)) != 0
+    for folder in (run.path, run.logs, run.errors, run.path.parent):
+        assert seen_by(STRANGER, team.gr_gid, "touch", str(folder / "planted")) != 0, folder
+    assert [str(path) for path in run.path.rglob("*") if path.stat().st_mode & 0o027] == []
+
+
+def test_s12_a_setgid_project_folder_gives_nobody_a_run(tmp_path: Path) -> None:
+    """Where every new folder gets the project's group, a run without `output_group` stays private all the same."""
+    project = tmp_path / "project"
+    project.mkdir()
+    project.chmod(0o2775)
+    mask = os.umask(0o002)
+    try:
+        run = RunFolder.create(project / "runs", "mine")
+        write_atomic(run.plan, "{}")
+        run.record("submitted", job_id="5")
+        write_death(run, "5.0", {"rank": 1, "message": "broke"})
+    finally:
+        os.umask(mask)
+    assert [str(path) for path in [run.path, *run.path.rglob("*")] if path.stat().st_mode & 0o077] == []
+
+
+def test_s12_a_log_that_is_a_link_is_not_opened_to_a_group(tmp_path: Path) -> None:
+    """Nor is a file of somebody else's: the mode of what a link points to stays."""
+    run = RunFolder.create(tmp_path / "runs", "shared", group=grp.getgrgid(os.getegid()).gr_name)
+    victim = tmp_path / "private"
+    victim.write_text("mine")
+    victim.chmod(0o600)
+    (run.logs / "5_0.out").symlink_to(victim)
+    show_logs(run.path)
+    assert victim.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "job.json", "submit.lock"])
