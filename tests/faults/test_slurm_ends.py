@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.faults.story import events, story
 
 VICTIM = {"nodes": 2, "gpus_per_node": 1, "qos": "preemptible"}
 FINISHED = "finished"
+PROFILE = Path(__file__).resolve().parents[2] / "slurm" / "dev-cluster.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +244,7 @@ def test_without_scontrol(_case: None, slurm_bed: FaultBed, slurm_reference: Ref
     fault = f"at=step,rank=1,step=10,do=kill;{SLOW}"
     # Only on the nodes: whoever submits has it.
     site = slurm_bed.home / "without-scontrol.yaml"
-    site.write_text(f"executor: slurm\nsetup:\n  - export PATH={broken}:$PATH\n")
+    site.write_text(f"{PROFILE.read_text()}setup:\n  - export PATH={broken}:$PATH\n")
     run = slurm_bed.inject("lora-noscontrol", fault, f"slurm.site={site}")
     slurm_bed.until(run.result.exists, "the result", run, 400)
     row.seen = f"action {story(run)[0].decision['action']}"
