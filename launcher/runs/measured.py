@@ -103,7 +103,7 @@ def sample(run: RunFolder) -> Sample:
         run=run.run_id,
         model=model_shape(load_recipe(run.resolved if run.resolved.exists() else run.recipe).model),
         candidate=plan.chosen.candidate,
-        step_s=_step_s(run),
+        step_s=step_s(run),
         peak_bytes=heartbeat.get("peak_bytes"),
     )
 
@@ -169,8 +169,12 @@ def _read(run: RunFolder, name: str) -> dict[str, Any]:
     return document
 
 
-def _step_s(run: RunFolder) -> float:
-    """Seconds per step: from the logged speeds without the first, which pays for compilation; else the mean."""
+def step_s(run: RunFolder) -> float:
+    """Seconds per step: from the logged speeds without the first, which pays for compilation; else the mean.
+
+    Raises:
+        DataError: the run has no result, or it times no step.
+    """
     result = _read(run, "result.json")
     steps, tokens, train_s = (result.get(key) or 0 for key in ("step", "tokens", "train_s"))
     if not steps or not train_s:

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError
+from launcher.errors import DataError, LauncherError
 from launcher.recipe.load import load_recipe
 from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.measured import step_s
 from launcher.runs.state import read_evidence
 from launcher.runs.story import restarts
 from launcher.runs.trial_scores import wall_s
@@ -145,7 +146,7 @@ def run_facts(run: RunFolder) -> RunFacts:
         data_key=data.get("key"),
         validation_sha256=data.get("validation_sha256"),
         retention_sha256=data.get("retention_sha256"),
-        against=_against(chosen, result, lines, peak=peak, wall=held_s, gpu_hours=gpu_hours, cost=cost),
+        against=_against(chosen, result, step=_step_s(run), peak=peak, wall=held_s, gpu_hours=gpu_hours, cost=cost),
         warnings=tuple(result.get("warnings") or ()) or _logged_warnings(lines),
     )
 
@@ -184,27 +185,33 @@ def _logged_warnings(lines: Sequence[Line]) -> tuple[dict[str, Any], ...]:
     return tuple(dict(line) for line in lines if line.get("event") == "warning")
 
 
+def _step_s(run: RunFolder) -> float | None:
+    """Seconds per step as `launcher score` measures them; None before the end."""
+    try:
+        return step_s(run)
+    except DataError:
+        return None
+
+
 def _against(
     chosen: Line,
     result: Line,
-    lines: Sequence[Line],
     *,
+    step: float | None,
     peak: int | None,
     wall: float | None,
     gpu_hours: float | None,
     cost: float | None,
 ) -> tuple[Against, ...]:
-    memory, steps, train_s = _section(chosen, "memory"), result.get("step"), result.get("train_s")
-    step = _section(chosen, "step_s")
-    measured_step_s = train_s / steps if steps and train_s else None
-    speeds = sorted(line["tokens_per_s"] for line in lines if isinstance(line.get("tokens_per_s"), int | float))
-    ranks = int(chosen.get("nodes") or 0) * int(chosen.get("gpus_per_node") or 0)
-    speed = speeds[len(speeds) // 2] / ranks if speeds and ranks else None
+    """Wall time and cost are compared at the end only; positions count as tokens, as they do in the prediction."""
+    memory = _section(chosen, "memory")
+    positions = math.prod(int(chosen.get(key) or 0) for key in ("micro_batch", "gradient_accumulation", "seq_len"))
+    speed = positions / step if step and positions else None
     found = (
         _interval("peak memory of one rank", "bytes", _section(memory, "peak_bytes"), peak),
-        _interval("step", "s", step, measured_step_s),
+        _interval("step", "s", _section(chosen, "step_s"), step),
         _single("tokens per second and rank", "tokens/s", chosen.get("tokens_per_s_per_gpu"), speed),
-        _single("steps", "steps", chosen.get("steps"), steps),
+        _single("steps", "steps", chosen.get("steps"), result.get("step")),
         _single("wall time", "s", chosen.get("wall_s"), wall if result else None),
         _single("GPU-hours", "h", chosen.get("gpu_hours"), gpu_hours if result else None),
         _single("cost", "money", _section(chosen, "cost").get("amount"), cost if result else None),
