@@ -20,7 +20,7 @@ from typing import IO, Any
 from submitit.local import local as submitit_local
 
 from launcher.runs import process
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.policy import Action, Decision
 from launcher.runs.request import JobRequest
 from launcher.runs.sbatch import python_words
@@ -156,7 +156,7 @@ class Controller(submitit_local.Controller):  # type: ignore[misc]
         `max_retry`: how often the ranks may ask for another start with submitit's requeue code.
         """
         process.adopt_orphans()
-        pause_s = _PAUSE_S
+        pause_s, saved = _PAUSE_S, self._saved_step()
         while True:
             began_s = time.monotonic()
             try:
@@ -169,9 +169,18 @@ class Controller(submitit_local.Controller):  # type: ignore[misc]
             if not (asked or self._goes_on(codes)):
                 return
             self._restart += 1
+            # What made progress, or lasted, was no part of a crash loop.
+            before, saved = saved, self._saved_step()
+            if saved > before or time.monotonic() - began_s > _LONGEST_PAUSE_S:
+                pause_s = _PAUSE_S
             if not self._rest(0.0 if asked else pause_s):
                 return
-            pause_s = _PAUSE_S if time.monotonic() - began_s > _LONGEST_PAUSE_S else min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _saved_step(self) -> int:
+        """Step of the newest checkpoint; 0 = none."""
+        return max((int(line.get("step") or 0) for line in read_json_lines(self._run.attempts)
+                    if line.get("event") == "saved"), default=0)  # fmt: skip
 
     def _rest(self, seconds: float) -> bool:
         """Pause; whether nobody told us to stop meanwhile."""
