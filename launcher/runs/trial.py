@@ -18,14 +18,17 @@ from typing import Any
 from launcher.errors import ClusterError, JobFailedError, RecipeError
 from launcher.facts.site import Site, site_facts
 from launcher.planning.prepare import plan_recipe
-from launcher.recipe.load import load_recipe_with_notices
+from launcher.recipe.load import load_recipe, load_recipe_with_notices
 from launcher.recipe.schema import Recipe
 from launcher.runs import launching, trial_folder, trial_table
 from launcher.runs.folder import RunFolder, write_json
 from launcher.runs.lock import hold
+from launcher.runs.measured import read_plan
+from launcher.runs.request import JobRequest
 from launcher.runs.resume import resume
 from launcher.runs.sending import Say
 from launcher.runs.status import cancel, run_status, runs_folder
+from launcher.runs.submission import job_request, submit
 from launcher.runs.trial_candidates import Candidate, Planner, Spec
 from launcher.runs.trial_folder import Task, Trial
 from launcher.runs.trial_rungs import most_hours, rung_steps
@@ -277,12 +280,26 @@ def _run_here(trial: Trial, task: Task, run: RunFolder, rung: int, say: Say) -> 
                 settle(trial, task, run, rung, status.sentence)
                 return
             else:
-                resume(run, say=say)
+                _start(run, say)
                 started = True
     except KeyboardInterrupt:
         cancel(run)
         say(f"interrupted; go on with: launcher trial {trial.name}")
         raise
+
+
+def _start(run: RunFolder, say: Say) -> None:
+    """The run's first job, or another one."""
+    if run.job.exists():
+        resume(run, say=say)
+    else:
+        submit(first_request(run), purpose="trial", say=say)
+
+
+def first_request(run: RunFolder) -> JobRequest:
+    """The job of a run that was made and checked a moment ago and has had none."""
+    recipe = load_recipe(run.resolved)
+    return job_request(read_plan(run), recipe, run, site_facts(recipe.slurm.site))
 
 
 def settle(trial: Trial, task: Task, run: RunFolder, rung: int, sentence: str) -> None:

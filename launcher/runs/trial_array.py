@@ -20,20 +20,16 @@ from pathlib import Path
 
 from launcher.errors import JobFailedError, LauncherError, RecipeError, TemporaryError, raise_all
 from launcher.facts.command import run_slurm
-from launcher.facts.site import site_facts
-from launcher.recipe.load import load_recipe
 from launcher.runs.adoption import has_settled, ledger, open_submission
 from launcher.runs.folder import RunFolder, write_atomic
-from launcher.runs.measured import read_plan
 from launcher.runs.request import INDEX, JobRequest
 from launcher.runs.resume import Resumed, resume
 from launcher.runs.sbatch import setup_lines
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm
 from launcher.runs.slurm import find_named
 from launcher.runs.status import RunStatus, run_status
-from launcher.runs.submission import job_request
 from launcher.runs.submission import remember as remember_job
-from launcher.runs.trial import is_last, make_runs, remember, set_pause, settle
+from launcher.runs.trial import first_request, is_last, make_runs, remember, set_pause, settle
 from launcher.runs.trial_folder import Task, Trial
 from launcher.runs.trial_scores import reached
 from launcher.runs.trial_standing import Standing, stand
@@ -183,9 +179,8 @@ def _prepare(trial: Trial, task: Task, rung: int, link: Path) -> tuple[RunFolder
     run = _run(trial, task)
     set_pause(trial, task, run, rung)
     link.symlink_to(os.path.relpath(run.path, link.parent))
-    if not run.job.exists():  # checked when it was made, a moment ago
-        recipe = load_recipe(run.resolved)
-        return run, job_request(read_plan(run), recipe, run, site_facts(recipe.slurm.site)), ()
+    if not run.job.exists():
+        return run, first_request(run), ()
     resumed = resume(run, dry_run=True)
     if not isinstance(resumed, Resumed):
         raise RuntimeError(f"{run.run_id} is finished and was to be taken to rung {rung + 1}")
