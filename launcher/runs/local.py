@@ -156,7 +156,7 @@ class Controller(submitit_local.Controller):  # type: ignore[misc]
         `max_retry`: how often the ranks may ask for another start with submitit's requeue code.
         """
         process.adopt_orphans()
-        pause_s, saved = _PAUSE_S, self._saved_step()
+        pause_s, saved = 0.0, self._saved_step()
         while True:
             began_s = time.monotonic()
             try:
@@ -169,18 +169,15 @@ class Controller(submitit_local.Controller):  # type: ignore[misc]
             if not (asked or self._goes_on(codes)):
                 return
             self._restart += 1
-            # What made progress, or lasted, was no part of a crash loop.
             before, saved = saved, self._saved_step()
-            if saved > before or time.monotonic() - began_s > _LONGEST_PAUSE_S:
-                pause_s = _PAUSE_S
+            pause_s = next_pause(pause_s, progressed=saved > before, lasted_s=time.monotonic() - began_s)
             if not self._rest(0.0 if asked else pause_s):
                 return
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _saved_step(self) -> int:
         """Step of the newest checkpoint; 0 = none."""
-        return max((int(line.get("step") or 0) for line in read_json_lines(self._run.attempts)
-                    if line.get("event") == "saved"), default=0)  # fmt: skip
+        saved = (line for line in read_json_lines(self._run.attempts) if line.get("event") == "saved")
+        return max((int(line.get("step") or 0) for line in saved), default=0)
 
     def _rest(self, seconds: float) -> bool:
         """Pause; whether nobody told us to stop meanwhile."""
@@ -216,6 +213,13 @@ class Controller(submitit_local.Controller):  # type: ignore[misc]
         for log in self.stdouts:
             log.close()
         self.tasks, self.stdouts, self.stderrs = [], [], []
+
+
+def next_pause(before_s: float, *, progressed: bool, lasted_s: float) -> float:
+    """Seconds until the next attempt: twice as many each time, unless the last one got somewhere or lasted long."""
+    if progressed or lasted_s > _LONGEST_PAUSE_S:
+        return _PAUSE_S
+    return min(max(2 * before_s, _PAUSE_S), _LONGEST_PAUSE_S)
 
 
 def _collect_children() -> None:

@@ -240,6 +240,16 @@ def test_ranks_that_keep_dying_are_not_started_for_ever(ranks: FakeRanks) -> Non
     assert "crash loop: 3 attempts" in str([line.get("reason") for line in read_json_lines(run.attempts)])
 
 
+def test_the_pause_grows_only_while_nothing_is_gained() -> None:
+    """A crash loop must not spin; an attempt that left a newer checkpoint, or lasted, is none."""
+    pauses = [0.0]
+    for _ in range(8):
+        pauses.append(local.next_pause(pauses[-1], progressed=False, lasted_s=5.0))
+    assert pauses[1:] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert local.next_pause(60.0, progressed=True, lasted_s=5.0) == 1
+    assert local.next_pause(60.0, progressed=False, lasted_s=3600.0) == 1
+
+
 def test_a_users_error_is_not_tried_again(ranks: FakeRanks) -> None:
     """The exit code of a data error ends the run at once."""
     run = ranks.start("exit 3", ranks=1)
