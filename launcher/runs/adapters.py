@@ -39,6 +39,19 @@ def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None
     raise JobFailedError(f"{run.run_id} has no adapter: it has not finished (launcher status {run.run_id})")
 
 
+def artifact_folder(name: str, parent: Path | None) -> Path:
+    """The folder that a name means: one on disk, or the adapter (of full fine-tuning: the model) of a run or tag.
+
+    Raises:
+        RecipeError, JobFailedError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "plan.json").is_file():
+        return path.resolve()
+    run = find_run(run_of(name, parent), parent)
+    return run.model if run.model.is_dir() else find_adapter(name, parent)[0]
+
+
 def merge_request(
     name: str, parent: Path | None, *, base: Path | None, dtype: str | None, output: Path | None, trust_base: bool
 ) -> dict[str, Any]:

@@ -189,3 +189,47 @@ def _losses(made: dict[str, Any]) -> None:
         click.echo(f"largest difference of logits: {worst:.3g}, {share:.2%} of the largest")
     else:
         click.echo("logits not compared (--prove)")
+
+
+@command.command(name="sign")
+@click.argument("name", metavar="FOLDER")
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="SSH key to sign with: a private key, or an agent's public one."
+)
+@dry_run_option
+@json_flag
+@runs_option
+def sign_folder(name: str, key: Path | None, dry_run: bool, as_json: bool, parent: Path | None) -> None:
+    """List the sha256 of every file of an adapter (run, tag, folder) or of a merged or exported one, and sign it."""
+    from launcher.runs.adapters import artifact_folder
+    from launcher.runs.signing import SUMS, sign
+
+    folder = artifact_folder(name, parent)
+    if dry_run:
+        click.echo(f"would write {folder / SUMS}{' and its signature' if key else ''}")
+        return
+    files = sign(folder, key=key)
+    if as_json:
+        print_json({"schema": 1, "path": str(folder), "files": files, "signed": key is not None})
+    else:
+        click.echo(f"{folder / SUMS}: {files} files{', signed' if key else ', not signed (--key)'}")
+    click.echo(f"Next: launcher adapters verify {folder}{' --signers FILE' if key else ''}", err=True)
+
+
+@command.command(name="verify")
+@click.argument("name", metavar="FOLDER")
+@click.option("--signers", type=click.Path(path_type=Path, exists=True), help="ssh-keygen's file of allowed signers.")
+@json_flag
+@runs_option
+def verify_folder(name: str, signers: Path | None, as_json: bool, parent: Path | None) -> None:
+    """Compare every file with the list that was signed, and with --signers the signature; exit 7 when it differs."""
+    from launcher.runs.adapters import artifact_folder
+    from launcher.runs.signing import verify
+
+    folder = artifact_folder(name, parent)
+    found = verify(folder, signers=signers)
+    if as_json:
+        print_json({"schema": 1, "path": str(folder), "files": found.files, "signer": found.signer})
+        return
+    who = f", signed by {found.signer}" if found.signer else "; the signature was not looked at (--signers)"
+    click.echo(f"{folder}: {found.files} files as listed{who}")
