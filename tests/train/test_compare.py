@@ -52,7 +52,8 @@ def trained(base: Path, ranks: Ranks, method: str, rate: float, *, steps: int = 
 @pytest.fixture(scope="module")
 def runs(base: Path, ranks: Ranks) -> dict[str, RunFolder]:
     """One run of each kind that is loaded in a way of its own; `lora` twice with the same seed."""
-    asked = {"full": 3e-4, "dora": 2e-3, "prompt": 1e-2, "adalora": 2e-3, "slow": 1e-5, "lora": 6e-3, "again": 6e-3}
+    asked = {"full": 3e-4, "dora": 2e-3, "prompt": 1e-2, "adalora": 2e-3, "qlora": 2e-3}
+    asked |= {"slow": 1e-5, "lora": 6e-3, "again": 6e-3}
     kinds = {"slow": "lora", "again": "lora"}
     return {name: trained(base, ranks, kinds.get(name, name), rate) for name, rate in asked.items()}
 
@@ -71,7 +72,7 @@ def compared(base: Path, *words: str) -> dict[str, Any]:
 
 def test_losses_per_row_add_up_to_what_the_runs_measured(base: Path, runs: dict[str, RunFolder]) -> None:
     """Weighted by trained tokens, the losses of each run are its own validation loss, and the base's the one before."""
-    names = {kind: runs[kind].run_id for kind in ("full", "dora", "prompt", "adalora", "lora")}
+    names = {kind: runs[kind].run_id for kind in ("full", "dora", "prompt", "adalora", "qlora", "lora")}
     told = compared(base, *names.values(), "--generations", "1", "--max-new-tokens", "8")["per_example"]
     assert set(told["losses"]) == {"base", *names.values()}
     total = sum(told["tokens"])
