@@ -20,7 +20,7 @@ from launcher.planning.plan import Estimate
 from launcher.planning.prepare import Planned, plan_recipe
 from launcher.planning.retreat import SMALLEST_RANK
 from launcher.recipe.load import load_recipe
-from launcher.recipe.schema import LORA_METHODS, Recipe
+from launcher.recipe.schema import AUTO, LORA_METHODS, PROMPT_METHODS, Recipe
 
 NEIGHBOUR = 3.0
 """The other learning rate, in terms of the advised one: rates are searched by half decades."""
@@ -176,7 +176,7 @@ class Planner:
         return self._plan(replace(spec, overrides=(*freed, *spec.overrides)))
 
     def _usual(self, recipe: Recipe) -> Iterator[_Attempt]:
-        for method in _METHODS:
+        for method in _methods(recipe):
             base = self._plan(Spec(name=method, overrides=(*_freed(recipe, method, {}), f"method={method}")))
             yield from self._with_neighbour(base)
             plan = base[1]
@@ -251,9 +251,17 @@ class Planner:
 _Attempt = tuple[Spec, Planned | LauncherError]
 
 
+def _methods(recipe: Recipe) -> list[str]:
+    """The usual methods, and the recipe's own; of the prompt methods one."""
+    own = recipe.method
+    if own in PROMPT_METHODS:
+        return [*_METHODS[:-1], own]
+    return [*_METHODS, own] if own not in (*_METHODS, AUTO) else list(_METHODS)
+
+
 def _freed(recipe: Recipe, method: str, own: dict[str, str]) -> tuple[str, ...]:
     """What was chosen for the recipe's method and is open for another; the low-rank methods share theirs."""
-    if method == recipe.method or recipe.method == "auto":
+    if method == recipe.method or recipe.method == AUTO:
         return ()
     kept: tuple[str, ...] = ()
     if method in LORA_METHODS and recipe.method in LORA_METHODS:

@@ -145,6 +145,8 @@ def _go_on(
 
     say = functools.partial(click.echo, err=True)
     standing = stand(found) if dry_run else trial.advance(found, say, wait=wait)
+    if not standing.finished and not dry_run and (pick is not None or scorer is not None):
+        say(f"--pick and --scorer look at the end of a trial; type them then, after: launcher trial {found.name}")
     if scorer is not None and standing.finished:
         trial_scorer.measure(found, standing, scorer)
     told = rows(found, standing)

@@ -74,6 +74,15 @@ def test_what_the_recipe_chose_for_its_method_holds_for_it_alone(here: Path) -> 
     assert max(one.learning_rate for one in found.values() if one.method == "full") < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("own", "found"), [("dora", "full lora qlora prompt dora"), ("prefix", "full lora qlora prefix")]
+)
+def test_the_recipes_own_method_is_always_among_them(here: Path, own: str, found: str) -> None:
+    """One prompt method is enough; any other comes on top."""
+    methods = [one.method for one in Planner(path=write(here, method=own), shared=()).candidates(None)]
+    assert list(dict.fromkeys(methods)) == found.split()
+
+
 def test_all_take_the_same_tokens(here: Path) -> None:
     """Steps without packing are shorter, so a prompt method takes more of them."""
     found = Planner(path=write(here, **{"data.packing": True}), shared=()).candidates(None)
