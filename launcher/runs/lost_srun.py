@@ -14,10 +14,10 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from launcher.runs import process
 from launcher.runs.folder import RunFolder
+from launcher.runs.train_job import run_of_task
 
 PATIENCE_S = 120.0
 """Longer than any orderly end: Slurm kills the other ranks KillWait (30 s) after it has asked them to stop."""
@@ -59,7 +59,7 @@ def watch(
 def main(arguments: list[str]) -> int:
     """`python -m launcher.runs.lost_srun RUN ATTEMPT SHELL`; ended by the script when srun has ended."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # meant for the ranks
-    run, attempt, shell = RunFolder(Path(arguments[0])), arguments[1], int(arguments[2])
+    run, attempt, shell = RunFolder(run_of_task(arguments[0])), arguments[1], int(arguments[2])
     if killed := watch(run, attempt, shell):
         print(f"launcher: attempt {attempt} is over and srun ({killed[0]}) did not notice; it was ended", flush=True)
     return 0
