@@ -37,6 +37,18 @@ class Subject:
     run: RunFolder
     recipe: Recipe
     candidate: Candidate
+    other: Path | None = None
+    """An adapter folder that is measured in place of the run's own."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the comparison."""
+        return self.run.run_id if self.other is None else self.other.name
+
+    @property
+    def adapter(self) -> Path:
+        """What lies on the base."""
+        return self.other or self.run.adapter
 
     @classmethod
     def of(cls, path: Path, device: str) -> Subject:
@@ -50,7 +62,7 @@ class Subject:
     @property
     def model(self) -> ModelSection:
         """What is loaded: the base, or the model of full fine-tuning."""
-        if self.candidate.method != "full":
+        if self.other is not None or self.candidate.method != "full":
             return self.recipe.model
         return dataclasses.replace(self.recipe.model, name_or_path=str(self.run.model), revision=None)
 
@@ -83,7 +95,7 @@ def each_model(subjects: Sequence[Subject], device: str, base_name: str) -> Iter
             yield from _on_one_base(group[0], tuned, device, base_name if number == 0 else None)
         for subject in group:
             if subject.candidate.method == "full":
-                yield subject.run.run_id, subject, _load(subject, subject.model, device)
+                yield subject.name, subject, _load(subject, subject.model, device)
                 _free()
 
 
@@ -96,8 +108,8 @@ def _on_one_base(
     for subject in tuned:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a base was wrapped before: it was unwrapped again
-            model: Any = peft.PeftModel.from_pretrained(base, str(subject.run.adapter), torch_device=device)
-        yield subject.run.run_id, subject, model.eval()
+            model: Any = peft.PeftModel.from_pretrained(base, str(subject.adapter), torch_device=device)
+        yield subject.name, subject, model.eval()
         if hasattr(model.base_model, "unload"):  # low-rank factors sit in the layers; virtual tokens do not
             base = model.unload()
         del model

@@ -34,6 +34,8 @@ class Asked:
     max_new_tokens: int = 128
     prompts: Path | None = None
     """File of prompts; None = the first validation rows."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters that no run made, such as combined ones; measured beside the runs on their rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +102,15 @@ def compare(folders: Sequence[RunFolder], asked: Asked | None) -> Comparison:
         notes += told.get("notes", [])
     losses = told.get("losses")
     pairs = tuple(all_pairs(losses)) if losses else ()
-    best = winner(pairs, [run.run for run in runs]) if len(runs) > 1 else None
+    names = [name for name in losses or () if name != BASE]
+    best = winner(pairs, names) if len(names) > 1 else None
     return Comparison(
         runs=runs,
         notes=tuple(notes),
         per_example=None if losses is None else {"losses": losses, "tokens": told["tokens"], "device": told["device"]},
         pairs=pairs,
         winner=best,
-        verdict=_verdict(runs, pairs, best, losses),
+        verdict=_verdict(runs, pairs, best, names),
         generations=tuple(told.get("generations", [])),
     )
 
@@ -134,11 +137,11 @@ def _notes(runs: Sequence[RunFacts]) -> Iterator[str]:
         yield "the training data or its packing differs, the validation rows are the same"
 
 
-def _verdict(runs: Sequence[RunFacts], pairs: Sequence[Pair], best: str | None, losses: Any) -> str:
+def _verdict(runs: Sequence[RunFacts], pairs: Sequence[Pair], best: str | None, measured: Sequence[str]) -> str:
     """What may be said, in one sentence."""
-    if len(runs) < 2:
+    if len(runs) < 2 and len(measured) < 2:
         return _of_one(runs[0], pairs)
-    if losses is None:
+    if not measured:
         return "no winner is called: differences were not measured row by row"
     if pairs[0].rows < LEAST_ROWS:
         return f"no winner is called on {pairs[0].rows} rows; {LEAST_ROWS} are the least (data.validation)"
@@ -172,12 +175,32 @@ def _ask_models(folders: Sequence[RunFolder], runs: Sequence[RunFacts], asked: A
         "rows": asked.rows,
         "generations": asked.generations,
         "max_new_tokens": asked.max_new_tokens,
+        "adapters": [str(path) for path in asked.adapters],
         "prompts": None if asked.prompts is None else [_plain(one) for one in read_prompts(asked.prompts)],
     }
     try:
         return ask(MODULE, request, python=train_python(), verb="compare", timeout_s=_TIMEOUT_S)
     except ModelError as error:
         raise ModelError(*error.problems, "launcher compare --no-model compares the numbers alone") from error
+
+
+def find_adapters(paths: Sequence[Path], runs: Sequence[RunFolder]) -> tuple[Path, ...]:
+    """Folders of adapters to measure beside the runs.
+
+    Raises:
+        RecipeError: no adapter folder, or a name that another one has.
+    """
+    taken = {BASE, *(run.run_id for run in runs)}
+    problems = []
+    for path in paths:
+        if not (path / "adapter_config.json").is_file():
+            problems.append(f"--adapter: {path} is no adapter folder (no adapter_config.json)")
+        elif path.resolve().name in taken:
+            problems.append(f"--adapter: another one is called {path.resolve().name}; rename the folder")
+        taken.add(path.resolve().name)
+    if problems:
+        raise RecipeError(*problems)
+    return tuple(path.resolve() for path in paths)
 
 
 def read_prompts(path: Path) -> list[Example]:

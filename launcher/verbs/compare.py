@@ -20,6 +20,13 @@ from launcher.verbs.arguments import complete_run, json_flag, print_json, runs_o
     type=click.Path(path_type=Path),
     help="Prompts to answer: lines of .txt, or rows as in data.train [validation rows].",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An adapter that no run made, such as a combined one; measured beside the runs. Repeatable.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as one self-contained page, too.")
 @json_flag
 @runs_option
@@ -30,6 +37,7 @@ def command(
     generations: int,
     max_new_tokens: int,
     prompts: Path | None,
+    adapters: tuple[Path, ...],
     html: Path | None,
     as_json: bool,
     parent: Path | None,
@@ -39,10 +47,18 @@ def command(
     Each base is loaded once, every adapter on it in turn, on this machine. A winner is called only where other rows of
     the same kind would hardly change it.
     """
-    from launcher.runs.comparison import Asked, compare, find_runs
+    from launcher.runs.comparison import Asked, compare, find_adapters, find_runs
 
-    asked = Asked(rows=rows, generations=generations, max_new_tokens=max_new_tokens, prompts=prompts)
     folders = find_runs(runs, parent)
+    asked = Asked(
+        rows=rows,
+        generations=generations,
+        max_new_tokens=max_new_tokens,
+        prompts=prompts,
+        adapters=find_adapters(adapters, folders),
+    )
+    if no_model and adapters:
+        raise click.UsageError("--adapter has no numbers without loading it; leave --no-model out")
     if not no_model:
         click.echo(f"loading the base and {len(folders)} runs (--no-model compares numbers alone)", err=True)
     found = compare(folders, None if no_model else asked)

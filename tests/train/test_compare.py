@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,20 @@ def test_answers_stand_side_by_side(base: Path, runs: dict[str, RunFolder], tmp_
     told = compared(base, lora, "--prompts", str(prompts), "--max-new-tokens", "8")["generations"]
     assert [one["prompt"] for one in told] == ["Repeat: the value of the object", "Repeat: a name"]
     assert [one["reference"] for one in told] == [None, None]
+
+
+def test_an_adapter_that_no_run_made_is_measured_beside_the_runs(
+    base: Path, runs: dict[str, RunFolder], tmp_path: Path
+) -> None:
+    """A copy of one run's adapter ties with it on every row; a fully tuned run alone lends it no base."""
+    lora = runs["lora"]
+    copy = Path(shutil.copytree(lora.adapter, tmp_path / "copied"))
+    told = compared(base, lora.run_id, "--adapter", str(copy), "--generations", "0")
+    assert told["per_example"]["losses"]["copied"] == told["per_example"]["losses"][lora.run_id]
+    assert (told["winner"], told["verdict"][:9]) == (None, "no winner")
+    refused = invoke(base, runs["full"].run_id, "--adapter", str(copy))
+    assert refused.exit_code == 7
+    assert "none of the runs is an adapter on its base" in refused.stderr
 
 
 def test_runs_on_other_rows_are_compared_by_their_numbers_alone(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from launcher.errors import RecipeError
-from launcher.runs.comparison import compare, find_runs, read_prompts
+from launcher.runs.comparison import compare, find_adapters, find_runs, read_prompts
 from launcher.runs.folder import RunFolder, append_json_line, write_json
 from launcher.runs.run_facts import quality, run_facts
 from tests.unit.runs.material import make_run
@@ -84,6 +84,15 @@ def test_all_names_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
     run = finished(tmp_path, validation={0: 3.0})
     with pytest.raises(RecipeError) as caught:
         find_runs(["nobody", run.run_id, run.run_id, "nothing"], tmp_path)
+    assert len(caught.value.problems) == 3
+
+
+def test_folders_that_are_no_adapters_are_all_named(tmp_path: Path) -> None:
+    """Two of them, and one whose name a run has."""
+    run = make_run(tmp_path)
+    (tmp_path / run.run_id / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        find_adapters([tmp_path / "a", run.path, tmp_path / "b"], [run])
     assert len(caught.value.problems) == 3
 
 
