@@ -188,6 +188,13 @@ class _Checker:
         named += [("data.validation", data.validation.source)] if data.validation.source else []
         for path, source in named:
             self.source(path, source)
+        held_out = data.validation.source or data.validation.share or data.validation.count
+        if isinstance(self.recipe.train.eval_steps, int) and not (held_out or data.retention or data.retention_builtin):
+            steps = self.recipe.train.eval_steps
+            self.findings.note(
+                self.place("train.eval_steps"),
+                f"train.eval_steps: {steps}, and no rows to evaluate on; set data.validation, or leave it out",
+            )
         if data.retention is not None and data.retention_builtin:
             self.refuse("data.retention_builtin", "data.retention names rows of your own; choose one of both")
 

@@ -34,6 +34,10 @@ _ORDER: tuple[type[LauncherError], ...] = (RecipeError, DataError, ModelError, C
 
 
 _NEEDED = ("torch", "transformers", "peft")
+ABOUT_ROWS = ("truncation", "duplicates")
+"""Warnings of the plan that whoever submits without planning should hear of, too."""
+OLDEST_PYTHON = (3, 11)
+"""As in pyproject.toml."""
 
 
 @dataclass(slots=True)
@@ -75,6 +79,7 @@ def check(recipe: Recipe, plan: Plan, site: Site, parent: Path, *, kept: int = 0
         found.run(lambda source=source: _check_source(source, site, found, marks))  # type: ignore[misc]
     found.add(DataError, *too_little(recipe, plan, found.notices))
     found.notices += overlaps(recipe, marks)
+    found.notices += [f"data: {one.message}" for one in plan.warnings if one.code in ABOUT_ROWS]
     found.run(lambda: _check_model(recipe, site, found))
     found.run(lambda: _check_files(recipe, plan, site, parent, kept, found))
     found.run(lambda: _check_python(site))
@@ -131,12 +136,22 @@ def _check_python(site: Site) -> None:
         raise ClusterError(
             f"venv: no Python at {python}; point the site profile or LAUNCHER_VENV to a virtual environment"
         )
+    version = _python_version(python.parents[1])
+    if version is not None and version < OLDEST_PYTHON:
+        has, needs = (".".join(map(str, one)) for one in (version, OLDEST_PYTHON))
+        raise ClusterError(f"venv: {site.venv} has Python {has}, ranks need {needs} or newer; make it anew with that")
     missing = _missing_packages(python.parents[1])
     if missing:
         raise ClusterError(
             f"venv: {site.venv} has no {' and no '.join(missing)}; install them there: "
             f"{python} -m pip install 'finetune-launcher[train]'"
         )
+
+
+def _python_version(venv: Path) -> tuple[int, int] | None:
+    """Of a virtual environment, by the names of its folders; None where they do not tell."""
+    found = [re.fullmatch(r"python(\d+)\.(\d+)", path.parent.name) for path in venv.glob("lib*/python*/site-packages")]
+    return next(((int(one[1]), int(one[2])) for one in found if one), None)
 
 
 def _missing_packages(venv: Path) -> list[str]:

@@ -183,6 +183,24 @@ def long_prompts(bench: Bench) -> None:
     bench.rows(*[chat(("user", "word " * 400 + str(i)), ("assistant", "yes")) for i in range(32)])
 
 
+def some_long(bench: Bench) -> None:
+    """A fifth of the rows does not fit."""
+    rows = [chat(("user", f"say {i}"), ("assistant", "word " * (400 if i % 5 == 0 else 3))) for i in range(60)]
+    bench.rows(*rows)
+
+
+def repeated(bench: Bench) -> None:
+    """Every row stands there twice."""
+    bench.rows(*[chat(("user", f"say {i // 2}"), ("assistant", "yes")) for i in range(64)])
+
+
+def old_python(bench: Bench) -> None:
+    """An environment of another time."""
+    venv = empty_venv(bench.home / "venv")
+    (venv / "lib" / "python3.11").rename(venv / "lib" / "python3.9")
+    bench.site.update(venv=str(venv))
+
+
 def few(bench: Bench) -> None:
     del bench.recipe["train"]["max_steps"]
     bench.recipe["data"]["validation"] = None

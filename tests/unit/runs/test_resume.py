@@ -393,6 +393,15 @@ def test_a_refused_resume_never_removes_the_run(run: RunFolder, fake_slurm: Fake
     assert run.recipe.exists()
 
 
+def test_a_run_of_a_newer_launcher_is_refused(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """Exit 7 with both versions of the format: what this one does not know would be lost. Nothing is sent."""
+    write_json(run.plan, json.loads(run.plan.read_text()) | {"schema": 2})
+    before, sent = everything(run), len(fake_slurm.calls("sbatch"))
+    with pytest.raises(ConflictError, match="schema 2, this launcher reads 1"):
+        resume(run)
+    assert (everything(run), len(fake_slurm.calls("sbatch"))) == (before, sent)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
