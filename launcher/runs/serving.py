@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConflictError, JobFailedError, LauncherError, ModelError, RecipeError, raise_all
+from launcher.errors import (
+    ClusterError,
+    ConflictError,
+    JobFailedError,
+    LauncherError,
+    ModelError,
+    RecipeError,
+    raise_all,
+)
 from launcher.facts.adapters import AdapterFacts, read_adapter_facts
 from launcher.facts.fingerprint import model_fingerprint
 from launcher.runs.adapters import base_folder
@@ -22,6 +31,8 @@ from launcher.runs.status import find_run
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DTYPES = ("auto", "4bit", "bf16", "fp16", "fp32")
+_PACKAGES = ("torch", "transformers", "peft", "fastapi", "uvicorn", "pydantic")
+_LOOK_S = 60.0
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "auto"}
 """What --dtype 4bit means where no adapter says."""
 
@@ -68,6 +79,24 @@ class Options:
     device: str = "auto"
     trust_base: bool = False
     json: bool = False
+
+
+def check_environment(python: str) -> None:
+    """Refuse a train environment without what the server needs, before it is started.
+
+    Raises:
+        ClusterError: which packages are missing, and how they are installed.
+    """
+    script = f"import importlib.util as u; print(*[name for name in {_PACKAGES} if u.find_spec(name) is None])"
+    try:
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True, timeout=_LOOK_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ClusterError(f"serve: cannot run {python}: {error}") from error
+    if missing := done.stdout.split():
+        raise ClusterError(
+            f"serve: {python} lacks {', '.join(missing)}; install finetune-launcher[train,serve] there, or name "
+            "another environment in LAUNCHER_VENV"
+        )
 
 
 def find_target(text: str, parent: Path | None) -> Target:

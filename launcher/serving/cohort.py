@@ -7,6 +7,7 @@ E width of the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ class Cohort:
     @property
     def group(self) -> str | None:
         """Which rows may join."""
-        return self.rows[0].group
+        return self._model.group(self.rows[0].entry)
 
     @classmethod
     def read(cls, model: Served, rows: Sequence[Row]) -> Cohort:
@@ -56,6 +57,21 @@ class Cohort:
         ids = torch.tensor(self._next, device=self._mask.device)[:, None]
         positions = self._mask.sum(1, keepdim=True) - 1
         self._advance(self._model.logits(self.rows, {"input_ids": ids}, self._mask, positions, self._cache))
+
+    def split(self) -> list[Cohort]:
+        """Itself, or a cohort for each group that its rows have come to be in."""
+        groups = [self._model.group(row.entry) for row in self.rows]
+        if len(set(groups)) < 2:
+            return [self]
+        return [self._part([n for n, one in enumerate(groups) if one == group]) for group in dict.fromkeys(groups)]
+
+    def _part(self, kept: list[int]) -> Cohort:
+        part = copy.copy(self)
+        part._cache = DynamicCache()
+        for number, layer in enumerate(self._cache.layers):
+            part._cache.update(layer.keys, layer.values, number)
+        part._keep(kept)
+        return part
 
     def join(self, other: Cohort) -> None:
         """Take in the rows of another cohort of the same group."""

@@ -43,6 +43,8 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._reading: list[Row] = []
+        """Rows whose first token is being made."""
         self._cohorts: list[Cohort] = []
         self._leaving: set[str] = set()
         self._gone: set[str] = set()
@@ -68,7 +70,8 @@ class Engine:
     def load(self) -> dict[str, int]:
         """How many answers are made now, and how many wait."""
         with self._changed:
-            return {"running": sum(1 for _ in self._rows()), "waiting": len(self._waiting)}
+            running = {id(row) for row in (*self._reading, *self._rows())}
+            return {"running": len(running), "waiting": len(self._waiting)}
 
     def submit(self, row: Row) -> None:
         """Ask for an answer.
@@ -91,9 +94,15 @@ class Engine:
         self._waiting = deque(row for row in self._waiting if not row.cancelled)
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
-        """Have `work` done on the model's thread between two steps."""
+        """Have `work` done on the model's thread between two steps.
+
+        Raises:
+            ApiError: 503; the server ends.
+        """
         future: Future[Any] = Future()
         with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server ends")
             self._calls.append((work, future))
             self._changed.notify()
         return future
@@ -108,11 +117,22 @@ class Engine:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._work():
-                pass
-        for row in [*self._rows(), *self._waiting]:
+        try:
+            with torch.inference_mode():
+                while self._work():
+                    pass
+        finally:
+            self._leave_nobody_waiting()
+
+    def _leave_nobody_waiting(self) -> None:
+        with self._changed:
+            self._stopping = True
+            rows = {id(row): row for row in (*self._reading, *self._rows(), *self._waiting)}
+            calls = [future for _, future in self._calls]
+        for row in rows.values():
             row.sink(Broken("the server ended before the answer was complete"))
+        for future in calls:
+            future.set_exception(ApiError(503, "the server ends"))
 
     def _work(self) -> bool:
         """One step of everything; False when it is time to end."""
@@ -122,10 +142,12 @@ class Engine:
             if self._stopping:
                 return False
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            new = self._admitted()
+            new = self._reading = self._admitted()
         for work, future in calls:
             _do(work, future)
         self._read(new)
+        self._reading = []
+        self._cohorts = [part for cohort in self._cohorts if cohort.rows for part in cohort.split()]
         for cohort in self._cohorts:
             self._step(cohort)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
@@ -147,14 +169,17 @@ class Engine:
     def _fits(self, new: list[Row], row: Row) -> bool:
         longest = max(len(one.prompt) for one in (*new, row))
         together = self._model.can_join and not any(self._model.reads_by_itself(one.entry) for one in (*new, row))
-        return together and row.group == new[0].group and longest * (len(new) + 1) <= _READ_TOKENS
+        return together and self._same(new[0], row) and longest * (len(new) + 1) <= _READ_TOKENS
+
+    def _same(self, one: Row, other: Row) -> bool:
+        return self._model.group(one.entry) == self._model.group(other.entry)
 
     def _read(self, new: list[Row]) -> None:
         if not new:
             return
         try:
             cohort = Cohort.read(self._model, new)
-            same = (one for one in self._cohorts if one.rows and one.group == new[0].group)
+            same = (one for one in self._cohorts if one.rows and one.group == self._model.group(new[0].entry))
             others = next(same, None) if self._model.can_join and cohort.rows else None
             if others is None:
                 self._cohorts.append(cohort)

@@ -59,7 +59,7 @@ def serve(asked: dict[str, Any]) -> int:
 
 def _token(asked: dict[str, Any]) -> str | None:
     name = asked["token_env"]
-    token = os.environ.get(name, "") if name else ""
+    token = os.environ.get(name, "").strip() if name else ""
     if name and not token:
         raise RecipeError(f"--token-env: the variable {name} is not set, or empty")
     if not name and asked["host"] not in LOOPBACK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -63,6 +66,7 @@ class Served:
         self._base: Any = base
         self._tuned: Any = None
         self._alone: set[str] = set()
+        self._mixes = True
         self._virtual: dict[str, Tensor] = {}
         self._prefix: dict[str, Tensor] = {}
         self.device = device
@@ -109,6 +113,7 @@ class Served:
             raise ModelError(f"{opened.folder}: PEFT cannot add it: {str(error).splitlines()[0]}") from error
         if opened.alone:
             self._alone.add(key)
+        self._settle()
 
     def _add_virtual(self, key: str, opened: Opened) -> None:
         width = self._base.get_input_embeddings().weight.shape[1]
@@ -144,9 +149,11 @@ class Served:
             self.drop(key)
             return
         for name, module in list(self._base.named_modules()):
-            if isinstance(module, BaseTunerLayer):
+            wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+            if wrapped or isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")
-                setattr(self._base.get_submodule(parent), child, module.get_base_layer())
+                inner = module.original_module if wrapped else module.get_base_layer()
+                setattr(self._base.get_submodule(parent), child, inner)
 
     def drop(self, key: str) -> None:
         """Forget an adapter; no row may need it any more."""
@@ -157,10 +164,11 @@ class Served:
             return
         if len(self._tuned.peft_config) == 1:
             self._base, self._tuned = self._tuned.unload(), None
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that another one is active now
-            self._tuned.delete_adapter(key)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that another one is active now
+                self._tuned.delete_adapter(key)
+        self._settle()
 
     # ------------------------------------------------------------ one forward pass
 
@@ -207,21 +215,45 @@ class Served:
         given: dict[str, Any] = {**inputs, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         given |= {"position_ids": positions} if "position_ids" in self._takes else {}
         given |= {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
-        found: Tensor = self._forward([row.entry.key for row in rows], rows[0].group, given).logits[:, -1]
+        try:
+            found: Tensor = self._forward(rows, given).logits[:, -1]
+        except BaseException:
+            self._forget_hooks()
+            raise
         return found
 
-    def _forward(self, keys: list[str], group: str | None, given: dict[str, Any]) -> Any:
+    def group(self, entry: Entry) -> str | None:
+        """Rows of one group can share a forward pass; None: all that PEFT mixes. Changes as adapters come and go."""
+        key = entry.key if self._tuned is not None and entry.key in self._tuned.peft_config else BASE
+        return key if key in self._alone or not self._mixes else None
+
+    def _settle(self) -> None:
+        """Whether PEFT can mix now: not with replaced modules or fused experts; their wrappers outlive an adapter."""
+        modules = self._tuned.modules() if self._tuned is not None else ()
+        self._mixes = not any(isinstance(module, (ParamWrapper, AuxiliaryTrainingWrapper)) for module in modules)
+
+    def _forward(self, rows: Sequence[Row], given: dict[str, Any]) -> Any:
         if self._tuned is None:
             return self._base(**given)
+        group = self.group(rows[0].entry)
+        if group == BASE:
+            with self._tuned.disable_adapter():
+                return self._tuned(**given)
         if group is not None:
             self._activate(group)
             return self._tuned(**given)
-        names = [key if key in self._tuned.peft_config else BASE for key in keys]
-        mixable = [name for name in names if name != BASE]
-        if mixable and self._tuned.active_adapter in self._alone:
-            # PEFT asks the modules that the active adapter replaces for those of every row's adapter.
-            self._activate(mixable[0])
-        return self._tuned(adapter_names=names, **given)
+        there = self._tuned.peft_config
+        return self._tuned(adapter_names=[row.entry.key if row.entry.key in there else BASE for row in rows], **given)
+
+    def _forget_hooks(self) -> None:
+        """PEFT leaves its hooks in the model when a mixed pass fails, and every later one would fail on them."""
+        if self._tuned is None:
+            return
+        for module in self._tuned.modules():
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, functools.partial) and "adapter_names" in hook.keywords:
+                    module._forward_pre_hooks.pop(number)
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
 
     def _activate(self, key: str) -> None:
         if self._tuned.active_adapter != key:

@@ -20,8 +20,6 @@ class Entry:
     name: str
     key: str
     """Its name inside the model: BASE, or one that was never used before (a name may come back as another adapter)."""
-    alone: bool = False
-    """Whether it cannot share a forward pass with other adapters."""
     tokenizer: Any
     """Its own, as its template may differ from the base's."""
     folder: str

@@ -1,8 +1,9 @@
 """opened: an adapter read from disk and judged, before the model is touched: any thread may do this.
 
-PEFT mixes adapters within one batch for plain LoRA only. DoRA, replaced modules and fused experts are answered in
-batches of their own. Virtual tokens are no weights, so they mix with everything: prompt tuning's stand before the
-prompt, prefix tuning's are keys and values that have been read already.
+PEFT mixes adapters within one batch for plain LoRA only. DoRA is answered in batches of its own. Where one adapter
+replaces modules or changes fused experts, none is mixed: PEFT asks such modules for every row's adapter. Virtual
+tokens are no weights, so they mix with everything: prompt tuning's stand before the prompt, prefix tuning's are keys
+and values that have been read already.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from launcher.adapters.lineage import WEIGHTS, Adapter, read_adapter, refuse_other_base
 from launcher.errors import ConflictError, ModelError, RecipeError, raise_all
 
+_SPECIAL = ("modules_to_save", "target_parameters", "trainable_token_indices")
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -31,6 +34,8 @@ class Opened:
     folder: Path
     alone: bool
     """Whether it needs batches of its own."""
+    special: bool
+    """Whether it is more than factors of plain matrices, so that PEFT mixes nobody while it is there."""
     tokenizer: PreTrainedTokenizerBase | None
     """Its own, with the template it was trained with; None: it has none, the base's is meant."""
     virtual: Tensor | None = None
@@ -65,17 +70,16 @@ def open_adapter(folder: Path, base: BaseFacts, *, trusted: bool) -> Opened:
     """
     found = read_adapter(folder)
     _refuse_kind(found)
+    _refuse_base_weights(found)
     refuse_other_base(found, base.folder, trusted=trusted)
     _refuse_rounding(found, base)
     kind = str(found.config.get("peft_type"))
     virtual = _virtual(found) if kind in ("PROMPT_TUNING", "PREFIX_TUNING") else None
     opened = Opened(
         folder=folder,
-        alone=bool(
-            found.config.get("use_dora")
-            or found.config.get("modules_to_save")
-            or found.config.get("target_parameters")
-            or found.config.get("trainable_token_indices")
+        alone=bool(found.config.get("use_dora")),
+        special=any(
+            found.config.get(name) for name in ("modules_to_save", "target_parameters", "trainable_token_indices")
         ),
         tokenizer=load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None,
     )
@@ -103,6 +107,18 @@ def _refuse_rounding(found: Adapter, base: BaseFacts) -> None:
             f"{found.folder}: was trained on a base {_rounding(told)}, and this one is {_rounding(base.quantization)}; "
             "its answers would be others than in training. Serve it by itself, or choose with --dtype "
             "(4bit, bf16, fp16, fp32)"
+        )
+
+
+def _refuse_base_weights(found: Adapter) -> None:
+    """Refuse files that hold weights of the base beside the adapter's: PEFT would write them into the base of all."""
+    own = ("lora_", "trainable_tokens", "prompt_embeddings", *(found.config.get("modules_to_save") or ()))
+    with safe_open(found.weights, framework="pt") as file:
+        foreign = [name for name in file.keys() if not any(part in name for part in own)]  # noqa: SIM118
+    if foreign:
+        raise ModelError(
+            f"{found.folder}: {WEIGHTS} holds weights of the base itself, such as {foreign[0]} (PEFT's "
+            "save_embedding_layers); merge it and serve that, or save it again without them"
         )
 
 
@@ -152,10 +168,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def refuse_other_shapes(opened: Opened, model: nn.Module) -> None:
     """Refuse factors of modules that the model does not have, or has in another size.
 
+    What is more than factors of plain matrices is PEFT's to judge, whose names for it are its own.
+
     Raises:
         ModelError: the first few.
     """
-    if not opened.in_model:
+    if not opened.in_model or opened.alone or opened.special:
         return
     modules = dict(model.named_modules())
     wrong = [name for name, tensor in load_file(opened.folder / WEIGHTS).items() if not _fits(name, tensor, modules)]

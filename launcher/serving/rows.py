@@ -58,11 +58,6 @@ class Row:
     def __post_init__(self) -> None:
         self.generator = self.sampling.generator()
 
-    @property
-    def group(self) -> str | None:
-        """Rows of one group can share a forward pass; None: all that may be mixed."""
-        return self.entry.key if self.entry.alone else None
-
     def take(self, token: int) -> bool:
         """One more token; whether the answer goes on."""
         self.tokens += 1

@@ -126,7 +126,7 @@ class Service:
         key = self.names.new_key()
         self.model.add(key, opened)
         tokenizer: Any = opened.tokenizer or self.names.base.tokenizer
-        entry = Entry(name=name, key=key, alone=opened.alone, tokenizer=tokenizer, folder=str(opened.folder))
+        entry = Entry(name=name, key=key, tokenizer=tokenizer, folder=str(opened.folder))
         self.names.add(entry)
         return entry
 

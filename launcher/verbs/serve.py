@@ -115,8 +115,10 @@ def _submit(request: dict[str, Any], given: dict[str, Any]) -> None:
 def _become_server(request: dict[str, Any]) -> None:
     """Replace this process: signals, output and the exit code are the server's own."""
     from launcher.facts.train_environment import environment, train_python
+    from launcher.runs.serving import check_environment
 
     python = train_python()
+    check_environment(python)
     os.execve(python, [python, "-m", "launcher.serving.main", json.dumps(request)], environment())
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -261,6 +262,25 @@ def test_errors_of_the_protocol_have_the_same_form(server):
     assert torn.status_code == 400
     assert torn.json()["error"]["message"].startswith("the body is not JSON")
     assert httpx.get(f"{server.url}/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+
+
+def test_a_client_that_leaves_makes_room(server):
+    """Streamed or not: its row is dropped at the next step, long before its last token."""
+    many = 600
+    body = {"model": "red", "prompt": PROMPTS[0], "max_tokens": many, "temperature": 0}
+    with httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": True}, timeout=60) as stream:
+        lines = stream.iter_lines()  # kept: with its generator the response is closed
+        next(lines)
+        assert server.health()["running"] == 1
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/completions", json=body, timeout=0.5)
+    began = time.monotonic()
+    while server.health()["running"]:
+        assert time.monotonic() - began < 60
+        time.sleep(0.02)
+    left_s, began = time.monotonic() - began, time.monotonic()
+    assert complete(server, "red", PROMPTS[0], many).usage.completion_tokens == many
+    assert left_s < (time.monotonic() - began) / 2, "it was answered to the end"
 
 
 # ---------------------------------------------------------------- hot swap

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from launcher.serving.opened import BaseFacts, open_adapter
 from launcher.serving.rows import Broken, Finished, Piece, Row
 from launcher.serving.sampling import Sampling
 from launcher.serving.text import Pieces
+from tests.tiny import make_model_dir
 from tests.train.adapters import train_adapter
 
 VOCAB = 128
@@ -160,12 +162,116 @@ def greedy(model, prompt, tokens=20):
     return made[0, ids.shape[1] :].tolist()
 
 
-def test_a_failure_ends_the_rows_it_hits_and_no_others():
-    """A prompt that the model cannot read; the engine goes on."""
-    torch.manual_seed(0)
-    served = Served(AutoModelForCausalLM.from_config(MODELS["llama"]()).eval(), "cpu")
+def peft_adapter(base, folder, **config):
+    """An adapter made by PEFT alone, with weights that do something; saved to `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(len(str(config)))
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **config))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or "modules_to_save" in name):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+EXPERTS_OF = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+KINDS = {
+    "llama": {"plain": {"target_modules": ["q_proj", "v_proj"]},
+              "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+              "other head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+              "embedding": {"target_modules": ["embed_tokens", "q_proj"]}},
+    "mixtral": {"plain": {"target_modules": ["q_proj", "v_proj"]},
+                "experts": {"target_modules": ["q_proj"], "target_parameters": EXPERTS_OF},
+                "other experts": {"target_modules": ["v_proj"], "target_parameters": EXPERTS_OF}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_kinds_that_peft_does_not_mix_answer_beside_those_that_it_does(family, tmp_path):
+    """Replaced heads, adapted embeddings, fused experts: in turn with plain rows and the base, each as alone."""
+    base = make_model_dir(tmp_path / "model", family=family)
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    served, names = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu"), [entry()]
+    folders = {name: peft_adapter(base, tmp_path / name, **config) for name, config in KINDS[family].items()}
+    for number, (name, folder) in enumerate(folders.items()):
+        opened = open_adapter(folder, facts, trusted=True)
+        served.add(f"adapter_{number}_", opened)
+        names.append(entry(name, f"adapter_{number}_"))
+    engine = Engine(served, Limits(rows=16, waiting=16))
+    rows = [row(named, prompt, 12) for prompt in prompts()[:2] for named in names]
+    engine.start()
+    try:
+        told = answered(engine, rows)
+    finally:
+        engine.stop()
+    for one, sink in zip(rows, told, strict=True):
+        alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if one.entry.key != BASE:
+            alone = PeftModel.from_pretrained(alone, folders[one.entry.name])
+        assert sink.tokens == greedy(alone.eval(), one.prompt, 12), one.entry.name
+    assert len({sink.text for sink in told[: len(names)]}) == len(names)
+
+
+def test_an_adapter_that_ends_mixing_may_come_into_a_batch_under_way(tmp_path):
+    """Rows that were read together go on apart, each as alone; also when it has gone, as PEFT leaves its wrappers."""
+    base = make_model_dir(tmp_path / "model")
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    plain, head = (peft_adapter(base, tmp_path / name, **KINDS["llama"][name]) for name in ("plain", "head"))
+    served = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu")
+    served.add("adapter_1_", open_adapter(plain, facts, trusted=True))
+    engine = Engine(served, Limits(rows=16, waiting=16))
+    first, second = row(entry(), prompts()[0]), row(entry("plain", "adapter_1_"), prompts()[1])
+    groups = []
+
+    class Watching(Told):
+        """Brings the other adapter in at the row's first token and sends it away at its tenth."""
+
+        def __call__(self, event):
+            super().__call__(event)
+            groups.append(served.group(first.entry))
+            if len(groups) == 1:
+                engine.call(lambda: served.add("adapter_2_", open_adapter(head, facts, trusted=True)))
+            if len(groups) == 10:
+                engine.retire("adapter_2_")
+
+    first.sink = Watching()
+    engine.start()
+    try:
+        for one in (second, first):
+            engine.submit(one)
+        assert all(one.sink.done.wait(120) for one in (first, second))
+    finally:
+        engine.stop()
+    assert groups[0] is None
+    assert groups[-1] == BASE
+    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert first.sink.tokens == greedy(alone, first.prompt)
+    assert second.sink.tokens == greedy(PeftModel.from_pretrained(alone, plain).eval(), second.prompt)
+
+
+def test_a_file_with_weights_of_the_base_is_refused(tmp_path):
+    """PEFT saves embeddings along where they are adapted; loaded, they would be everybody's."""
+    from launcher.errors import ModelError
+
+    base = make_model_dir(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    with pytest.raises(ModelError, match=r"weights of the base itself, such as .*embed_tokens"):
+        open_adapter(tmp_path / "adapter", facts, trusted=True)
+
+
+def test_a_failure_ends_the_rows_it_hits_and_no_others(tmp_path):
+    """A prompt that the model cannot read; the engine goes on, and PEFT's hooks of the failed pass are gone."""
+    base = make_model_dir(tmp_path / "model")
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    served = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu")
+    adapter = peft_adapter(base, tmp_path / "adapter", **KINDS["llama"]["plain"])
+    served.add("adapter_1_", open_adapter(adapter, facts, trusted=True))
     engine = Engine(served, Limits(rows=1, waiting=8))
-    bad, good = row(entry(), [VOCAB + 5]), row(entry(), prompts()[0])
+    bad, good = row(entry("bot", "adapter_1_"), [10**6]), row(entry("bot", "adapter_1_"), prompts()[0])
     engine.start()
     try:
         told = answered(engine, [bad, good])

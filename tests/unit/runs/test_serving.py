@@ -177,6 +177,21 @@ def test_a_dry_run_says_what_would_be_loaded(base: Path, tmp_path: Path) -> None
     assert CliRunner().invoke(main, [*words, "--host", "0.0.0.0"]).exit_code == 2
 
 
+def test_an_environment_without_the_server_is_said_so(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which packages are missing, and how they are installed; not a traceback of the process it would become."""
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # no installed packages
+    (venv / "python").chmod(0o755)
+    monkeypatch.setenv("LAUNCHER_VENV", str(tmp_path / "venv"))
+    told = CliRunner().invoke(main, ["serve", str(base)])
+    assert told.exit_code == ClusterError.exit_code
+    assert "fastapi, uvicorn" in told.stderr
+    assert "finetune-launcher[train,serve]" in told.stderr
+
+
 # ---------------------------------------------------------------- with vLLM, as a job
 
 
