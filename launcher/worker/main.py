@@ -174,7 +174,7 @@ def _tracking(recipe: Recipe, folder: RunFolder, place: Place) -> Iterator[Track
         tracker.artifact(Path(result["artifact"]["path"]))
         tracker.finish("completed")
     else:
-        tracker.finish("stopped")
+        tracker.finish("paused" if folder.pause.exists() else "stopped")
 
 
 def _failed(folder: RunFolder, place: Place | None, error: Exception, pulse: Pulse) -> int:

@@ -41,7 +41,7 @@ class Tracker(Protocol):
         """Hand over the verified adapter or model, where the recipe asks for it (wandb.log_model)."""
 
     def finish(self, status: str) -> None:
-        """Close, with how the run ended: completed | failed | stopped."""
+        """Close, with how the run ended: completed | failed | stopped | paused."""
 
 
 class NullTracker:
@@ -152,8 +152,8 @@ class WandbMirror:
         self.run.log_artifact(artifact, aliases=["latest", "final"])
 
     def finish(self, status: str) -> None:
-        """Upload what is left; a run that did not complete is marked failed."""
-        self.run.finish(exit_code=0 if status == "completed" else 1)
+        """Upload what is left; a run that did neither complete nor pause, as in a trial, is marked failed."""
+        self.run.finish(exit_code=0 if status in ("completed", "paused") else 1)
 
 
 def wandb_mode(recipe: Recipe, environ: Mapping[str, str]) -> str:
