@@ -27,11 +27,11 @@ from launcher.runs.resume import Resumed, resume
 from launcher.runs.sbatch import setup_lines
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm
 from launcher.runs.slurm import find_named
-from launcher.runs.status import RunStatus, run_status
+from launcher.runs.status import run_status
 from launcher.runs.submission import remember as remember_job
 from launcher.runs.trial import first_request, is_last, make_runs, remember, set_pause, settle
 from launcher.runs.trial_folder import Task, Trial
-from launcher.runs.trial_scores import reached
+from launcher.runs.trial_scores import failure_of, reached
 from launcher.runs.trial_standing import Standing, stand
 from launcher.runs.variables import leave_secrets, private_files
 
@@ -96,7 +96,7 @@ def _look(trial: Trial, standing: Standing, *, by_hand: bool) -> _Rung | None:
             fresh.append(task)
         elif _arrived(trial, task, run, standing.rung):
             return None
-        elif by_hand and not _out(trial, task, run, standing.rung, status):
+        elif by_hand and failure_of(run) is None:
             fresh.append(task)
         else:
             settle(trial, task, run, standing.rung, status.sentence)
@@ -111,17 +111,6 @@ def _arrived(trial: Trial, task: Task, run: RunFolder, rung: int) -> bool:
     while not (there := reached(run, step, last=last)) and time.monotonic() < until:
         time.sleep(0.5)
     return there
-
-
-def _out(trial: Trial, task: Task, run: RunFolder, rung: int, status: RunStatus) -> bool:
-    """Whether a run's end is its candidate's fault, so that asking again changes nothing."""
-    try:
-        settle(trial, task, run, rung, status.sentence)
-    except JobFailedError:
-        if len(trial.out()) == len(trial.running):
-            raise
-        return False
-    return True
 
 
 def _run(trial: Trial, task: Task) -> RunFolder:
