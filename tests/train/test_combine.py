@@ -191,6 +191,26 @@ def test_the_result_goes_on_as_any_adapter(pair, base, tmp_path):
     assert str(tmp_path) not in card
 
 
+def test_qlora_adapters_stay_with_their_rounded_base(tmp_path):
+    """Combined and reduced, they still say how their base was rounded: a merge and a proof round it first."""
+    pair = [train_adapter(tmp_path, "qlora", steps=steps, **{"train.seed": steps}) for steps in (4, 7)]
+    combine(ask([one.adapter for one in pair], tmp_path / "both", "svd", trust_base=False))
+    told = read_adapter(tmp_path / "both").lineage
+    assert told["method"] == "qlora"
+    assert told["quantization"] == read_adapter(pair[0].adapter).lineage["quantization"]
+    merged = merge({"adapter": str(tmp_path / "both"), "base": str(pair[0].base), "target": str(tmp_path / "merged"),
+                    "dtype": "fp32"})  # fmt: skip
+    assert merged["proof"]["difference"] <= 1e-4
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert float((logits(rounded) - on_disk(pair[0].base, tmp_path / "both")).abs().max()) > 1e-3
+    small = reduce({"adapter": str(pair[0].adapter), "rank": 7, "target": str(tmp_path / "small"),
+                    "base": str(pair[0].base)})  # fmt: skip
+    again = reduce({"adapter": str(pair[0].adapter), "rank": 1, "target": str(tmp_path / "tiny"),
+                    "base": str(pair[0].base)})  # fmt: skip
+    assert small["relative_error"] < again["relative_error"]
+    assert small["proof"]["logits_difference"] < again["proof"]["logits_difference"]
+
+
 def test_the_base_is_not_needed_and_no_memory_of_its_size(tmp_path):
     """Layers of 70B's width (8192 x 28672 and back) are combined in a fraction of one of them: 0.9 GiB in fp32."""
     import resource

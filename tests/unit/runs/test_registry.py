@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from launcher.cli import main
 from launcher.errors import ConflictError, RecipeError
 from launcher.runs import registry
+from launcher.runs.adapters import find_adapter
 from launcher.runs.folder import RunFolder, write_json
 from tests.unit.runs.material import make_run
 
@@ -73,6 +74,13 @@ def test_foreign_and_broken_files_are_no_crash(two: tuple[RunFolder, RunFolder])
     found = registry.list_adapters(two[0].path.parent)
     assert {one.run: one.base for one in found}[two[0].run_id] is None
     assert CliRunner().invoke(main, ["adapters", "--runs", str(two[0].path.parent)]).exit_code == 0
+
+
+def test_a_tag_names_an_adapter_to_merge_and_export_too(two: tuple[RunFolder, RunFolder]) -> None:
+    """What is tagged is found by merge, export, combine and reduce, as by diff."""
+    parent = two[0].path.parent
+    registry.tag(two[0].run_id, "best", parent)
+    assert find_adapter("best", parent)[0] == two[0].adapter
 
 
 def test_a_folder_is_an_adapter_too(two: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
