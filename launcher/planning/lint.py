@@ -13,7 +13,7 @@ from launcher.planning.trainable import expert_targets, lora_params
 from launcher.recipe.schema import LORA_METHODS, PROMPT_METHODS, Recipe
 
 _DESTRUCTIVE = 10
-"""Times the advised rate; at 30 the retention loss rises past its limit (tests/train/test_retention.py)."""
+"""Times the advised rate; at 30 the retention perplexity rises past its limit (tests/train/test_retention.py)."""
 _MANY_TRUNCATED = 0.1
 _MANY_REPEATED = 0.05
 _FEW_ROWS_RANK = 32

@@ -117,8 +117,8 @@ class DataSection:
     """Second evaluation set: what the base must not forget; the word `builtin` sets retention_builtin instead."""
     retention_builtin: bool = False
     """Take text that the untrained base writes itself; written as `retention: builtin`."""
-    retention_max_rise: float = 0.1
-    """Relative rise of the retention loss past which the run warns."""
+    retention_max_rise: float = 0.2
+    """Relative rise of the retention perplexity past which the run warns (0.2 = 20 %, 0.18 nats per token)."""
     max_seq_length: int = 4096
     """Tokens per row; longer rows are truncated."""
     packing: bool = True

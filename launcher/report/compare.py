@@ -79,7 +79,7 @@ _MEASURES: dict[str, dict[str, Callable[[RunFacts], str]]] = {
     "retention": {
         "retention loss, base": lambda run: loss(run.retention.base),
         "retention loss, last": lambda run: loss(run.retention.last),
-        "retention change": _retention,
+        "retention perplexity": _retention,
     },
     "took": {
         "wall time": lambda run: seconds(run.wall_s),

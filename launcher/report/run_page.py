@@ -126,8 +126,8 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
     if run.retention_rise is not None:
         yield (
             "Retention loss",
-            f"{loss(run.retention.base)} before, {loss(run.retention.last)} after: {percent(run.retention_rise)} "
-            f"(limit {percent(run.retention_limit)})",
+            f"{loss(run.retention.base)} before, {loss(run.retention.last)} after: perplexity "
+            f"{percent(run.retention_rise)} (limit {percent(run.retention_limit)})",
         )
     money_ = f", {money(run.cost)} in your currency" if run.cost is not None else ""
     hours = f", {count(run.gpu_hours, digits=2)} GPU-hours{money_}" if run.gpu_hours is not None else ""

@@ -32,7 +32,7 @@ def with_earlier_runs(planned: Planned) -> Planned:
     told = max(worst, key=lambda found: found["rise"])
     message = (
         f"{told['run']} trained the same base with {told['method']} at learning rate {told['rate']:g}, no higher than "
-        f"this plan's {chosen.learning_rate:g}, and its retention loss rose by {told['rise']:.0%} (the limit is "
+        f"this plan's {chosen.learning_rate:g}, and its retention perplexity rose by {told['rise']:.0%} (the limit is "
         f"{limit:.0%}): lower the rate, or mix general text into data.train"
     )
     warnings = (*planned.plan.warnings, Warning_(code=CODE, message=message))

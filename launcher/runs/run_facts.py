@@ -74,7 +74,7 @@ class RunFacts:
     validation: Quality
     retention: Quality
     retention_rise: float | None
-    """Relative, at the end."""
+    """Of its perplexity, relative, at the end (0.2 = 20 %)."""
     retention_limit: float
     wall_s: float | None
     """Devices held, over all attempts."""
@@ -165,9 +165,9 @@ def quality(lines: Sequence[Line], name: str) -> Quality:
 
 
 def _rise(retention: Quality) -> float | None:
-    if not retention.base or retention.last is None:
+    if retention.base is None or retention.last is None:
         return None
-    return retention.last / retention.base - 1
+    return math.expm1(min(retention.last - retention.base, 50.0))
 
 
 def _limit(run: RunFolder) -> float:

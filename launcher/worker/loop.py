@@ -188,7 +188,7 @@ class Loop:
     pace: Paces | None = None
     """None: nobody to compare with."""
     retention_max_rise: float | None = None
-    """Relative rise of the retention loss past which to warn."""
+    """Relative rise of the retention perplexity past which to warn."""
     memory: Memory = field(default_factory=Memory)
     _saved_s: float = field(default_factory=time.monotonic)
     _interval_tokens: int = 0

@@ -148,7 +148,7 @@ def test_without_models_the_numbers_remain(base: Path, runs: dict[str, RunFolder
     lora = runs["lora"].run_id
     done = invoke(base, lora, runs["slow"].run_id, "--no-model")
     assert done.exit_code == 0, done.output
-    assert "retention change" in done.stdout
+    assert "retention perplexity" in done.stdout
     assert "no winner is called: differences were not measured row by row" in done.stdout
     told = compared(base, lora, "--no-model")
     assert told["runs"][0]["retention_rise"] == result(runs["lora"])["retention_rise"]

@@ -70,10 +70,10 @@ def test_thirty_times_the_advised_rate_is_noticed_and_the_advised_rate_is_not(
     assert (warnings(gentle), result(gentle)["warnings"]) == ([], [])
     assert abs(result(gentle)["retention_rise"]) < 0.03
     rise = result(rough)["retention_rise"]
-    assert rise > 0.1
+    assert rise > 0.2
     assert rise == told(rough, "retention_rise")[STEPS]
     (found,) = result(rough)["warnings"]
-    assert (found["code"], found["limit"], found["rise"]) == ("retention", 0.1, rise)
+    assert (found["code"], found["limit"], found["rise"]) == ("retention", 0.2, rise)
     assert len(warnings(rough)) == 1
     assert "the base is being forgotten" in warnings(rough)[0]["message"]
     beat = json.loads(rough.heartbeat.read_text(encoding="utf-8"))

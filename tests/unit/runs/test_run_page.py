@@ -64,7 +64,7 @@ def test_it_needs_no_network_and_no_script(finished: RunFolder) -> None:
 def test_it_tells_the_whole_story(finished: RunFolder) -> None:
     """Losses, curves, attempts, what was forgotten, and what to do next."""
     page = Page(render_run(RunPage.of(finished)))
-    for said in ("2.5000 before, 2.5000 after", "+30 % (limit +10 %)", "the loss on the retention set rose",
+    for said in ("2.5000 before, 2.5000 after", "perplexity +82 % (limit +20 %)", "the loss on the retention set rose",
                  "Predicted and measured", "stopped (SIGUSR2), saved", "20 to 60", "launcher compare"):  # fmt: skip
         assert said in page.text, said
     kinds = [str(attributes.get("class")) for attributes in page.all("polyline")]
