@@ -31,8 +31,9 @@ def warning(step: int, before: Mapping[str, float], after: Mapping[str, float], 
     if found is None or not found > limit:
         return None
     message = (
-        f"by step {step} the loss on the retention set rose from {before[NAME]:.4f} to {after[NAME]:.4f}, its perplexity "
-        f"by {found:.0%} (the limit is {limit:.0%}): the base is being forgotten; lower train.learning_rate, train an "
-        "adapter instead of all weights, or mix general text into data.train with a weight below 1"
+        f"by step {step} the loss on the retention set rose from {before[NAME]:.4f} to {after[NAME]:.4f}, its "
+        f"perplexity by {found:.0%} (the limit is {limit:.0%}): the base is being forgotten; "
+        "lower train.learning_rate, train an adapter instead of all weights, or mix general text into data.train "
+        "with a weight below 1"
     )
     return {"code": CODE, "message": message, "step": step, "rise": found, "limit": limit}
