@@ -1,0 +1,208 @@
+"""`scripts/bench trial`: whether what a trial picks holds: winner and runner-up again, with three new seeds.
+
+Two sets of rows on the quickstart's base: its own questions and answers, and functions to be written from their
+signature and docstring, which is harder. Everything is done by the commands that a user would type. A third part
+trains destructively on purpose (thirty times the learning rate) and notes what the retention set says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from faults_table import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "tiny-cpu.yaml"
+SEEDS = 3
+FIRST_NEW_SEED = 100
+DESTRUCTIVE = 30
+LONGEST_CHARACTERS = 900
+MOST_ROWS = 1500
+
+
+# ---------------------------------------------------------------- the harder set
+
+
+def functions() -> Iterator[tuple[str, str]]:
+    """(signature and docstring, body) of every function of Python's own library that is short enough."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+                head = "\n".join(lines[node.lineno - 1 : node.body[1].lineno - 1])
+                body = "\n".join(lines[node.body[1].lineno - 1 : node.end_lineno])
+                if len(head) + len(body) <= LONGEST_CHARACTERS:
+                    yield head, body
+
+
+def make_code(folder: Path) -> Path:
+    """Rows of messages from `functions`, at most MOST_ROWS of them, evenly taken."""
+    folder.mkdir(parents=True)
+    found = list(dict.fromkeys(functions()))
+    step = max(1, len(found) // MOST_ROWS)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        for head, body in found[::step][:MOST_ROWS]:
+            said = [{"role": "user", "content": f"Complete this function.\n{head}"}]
+            file.write(json.dumps({"messages": [*said, {"role": "assistant", "content": body}]}) + "\n")
+    return folder
+
+
+# ---------------------------------------------------------------- commands
+
+
+def launcher(home: Path, *words: str) -> Any:
+    """What `launcher WORDS --json` prints.
+
+    Raises:
+        RuntimeError: it failed; with its last words.
+    """
+    command = [sys.executable, "-m", "launcher.cli", *words, "--json"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environ = os.environ | offline | {"PYTHONPATH": str(ROOT), "LAUNCHER_RUNS": str(home / "runs")}
+    ran = subprocess.run(command, env=environ, cwd=home, text=True, capture_output=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(words)}: exit {ran.returncode}\n{ran.stderr[-2000:]}")
+    return json.loads(ran.stdout)
+
+
+def confirmed(home: Path, rows: Path, steps: int) -> dict[str, Any]:
+    """One trial on `rows`, and its first two again with seeds that nothing was chosen by."""
+    began_s = time.monotonic()
+    shared = [
+        f"data.train=[{{path: {rows}, format: messages}}]",
+        f"train.max_steps={steps}",
+        f"train.eval_steps={steps}",
+    ]
+    told = launcher(home, "trial", str(RECIPE), *shared, "--local")
+    names = {
+        each["name"]: each["overrides"]
+        for each in json.loads((Path(told["path"]) / "trial.json").read_text())["candidates"]
+    }
+    best = sorted((row for row in told["rows"] if row["status"] == "finished"), key=lambda row: row["validation_loss"])
+    words = [
+        word for row in best[:2] for word in ("--candidate", f"{row['candidate']}: {' '.join(names[row['candidate']])}")
+    ]
+    seeds = [f"train.seed={FIRST_NEW_SEED}", "data.split_seed=42"]
+    again = launcher(
+        home, "trial", str(RECIPE), *shared, *seeds, *words, "--seeds", str(SEEDS), "--rungs", "1", "--local"
+    )
+    return {"trial": told, "again": again, "minutes": (time.monotonic() - began_s) / 60}
+
+
+def forgets(home: Path, steps: int, factor: float) -> dict[str, Any]:
+    """The retention set's loss before and after a run at `factor` times the recipe's learning rate."""
+    rate = 4.0e-3 * factor
+    words = [f"train.max_steps={steps}", f"train.learning_rate={rate:g}", "data.retention=builtin", "--local"]
+    submitted = launcher(home, "submit", str(RECIPE), *words)
+    result = json.loads((Path(submitted["path"]) / "result.json").read_text())
+    return {"learning_rate": rate, "result": result}
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(found: dict[str, dict[str, Any]], retained: list[dict[str, Any]], command: str) -> str:
+    """Everything as Markdown."""
+    lines = [
+        f"# Trials on {machine()}, {datetime.date.today().isoformat()}",
+        "",
+        f"Written by `{command}` on the base of `scripts/quickstart`. *answers*: the quickstart's questions",
+        "and answers; *code*: bodies of functions of Python's library from signature and docstring. Loss: of held-out",
+        f"rows. Again: winner and runner-up with {SEEDS} seeds that nothing was chosen by, on the same held-out rows.",
+    ]
+    for name, told in found.items():
+        lines += [
+            "",
+            f"## {name} ({told['minutes']:.0f} min)",
+            "",
+            "| candidate | status | steps | loss | forgets | train s | MB |",
+        ]
+        lines += ["|---|---|---:|---:|---:|---:|", *(_line(row) for row in told["trial"]["rows"])]
+        lines += ["", "| again | loss | +- | losses |", "|---|---:|---:|---|"]
+        for row in told["again"]["rows"]:
+            each = ", ".join(f"{loss:.4f}" for loss in row["losses"])
+            lines.append(f"| {row['candidate']} | {row['validation_loss']:.4f} | {row['spread']:.4f} | {each} |")
+        lines += ["", verdict(told)]
+    lines += [
+        "",
+        "## Destructive on purpose",
+        "",
+        "| learning rate | retention loss before | after | warning |",
+        "|---:|---:|---:|---|",
+    ]
+    for each in retained:
+        lines.append(_retention(each))
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    def shown(name: str, form: str, factor: float = 1.0) -> str:
+        return "" if row[name] is None else format(row[name] * factor, form)
+
+    cells = [row["candidate"], row["status"], f"{row['steps']}/{row['of_steps']}", shown("validation_loss", ".4f")]
+    return "| " + " | ".join([*cells, shown("train_s", ".0f"), shown("artifact_bytes", ".1f", 1e-6)]) + " |"
+
+
+def verdict(told: dict[str, Any]) -> str:
+    """Whether the trial's winner won again."""
+    rows = sorted(told["again"]["rows"], key=lambda row: row["validation_loss"])
+    finished = [row for row in told["trial"]["rows"] if row["status"] == "finished"]
+    first = min(finished, key=lambda row: row["validation_loss"])["candidate"]
+    gap, noise = rows[1]["validation_loss"] - rows[0]["validation_loss"], told["again"]["smallest_difference"]
+    if noise is not None and gap < noise:
+        return f"A tie: {gap:.4f} apart, and differences below {noise:.4f} may be chance. The trial had {first} first."
+    same = "confirmed" if rows[0]["candidate"] == first else "NOT confirmed"
+    return f"Winner {first}: {same}; {gap:.4f} apart, chance explains {noise:.4f}."
+
+
+def _retention(each: dict[str, Any]) -> str:
+    result = each["result"]
+    loss = result["retention_loss"]
+    words = "; ".join(str(warning) for warning in result["warnings"]) or "none"
+    return f"| {each['learning_rate']:g} | {loss['before']:.4f} | {loss['after']:.4f} | {words} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts asked for and write the page."""
+    parser = argparse.ArgumentParser(prog="scripts/bench trial", description=__doc__)
+    parser.add_argument(
+        "--quickstart", type=Path, default=ROOT / "quickstart", help="folder that scripts/quickstart made"
+    )
+    parser.add_argument("--sets", default="answers,code")
+    parser.add_argument("--steps", type=int, default=120, help="of a whole run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    options = parser.parse_args(arguments)
+    if not (options.quickstart / "base").is_dir():
+        print(f"{options.quickstart}/base is not there; run scripts/quickstart first", file=sys.stderr)
+        return 2
+    home = Path(tempfile.mkdtemp(prefix="trial-"))
+    try:
+        (home / "quickstart").symlink_to(options.quickstart.resolve())
+        sets = {"answers": home / "quickstart" / "qa", "code": home / "code"}
+        found = {}
+        for name in options.sets.split(","):
+            rows = make_code(sets[name]) if name == "code" else sets[name]
+            found[name] = confirmed(home, rows, options.steps)
+            print(f"{name}: {verdict(found[name])}", flush=True)
+        retained = [forgets(home, options.steps, factor) for factor in (1, DESTRUCTIVE)]
+        target = options.out / f"trial-{machine()}-{datetime.date.today().isoformat()}.md"
+        target.write_text(page(found, retained, "scripts/bench " + " ".join(["trial", *arguments])), encoding="utf-8")
+        print(target.name)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    return 0
