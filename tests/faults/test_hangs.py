@@ -74,16 +74,6 @@ def test_rank_that_never_joins(_case: None, local_bed: LocalBed, local_reference
     check_survival(local_bed, run, local_reference("lora"), row, causes=("rank_killed|rendezvous", "finished"))
 
 
-@pytest.mark.parametrize("_case", [pytest.param(None, id="f39_peer_sleeps_before_it_joins")])
-def test_rank_that_joins_too_late(_case: None, local_bed: LocalBed, local_reference: Reference, row: Row) -> None:
-    """A rank that never comes to the meeting is named, and the run goes on without waiting an hour for it."""
-    row.where, row.fault = "local", "rank 1 asleep for an hour before it joined"
-    run = local_bed.inject("lora-sleeper", "at=start,rank=1,do=sleep:3600", survival=HANG)
-    check_survival(local_bed, run, local_reference("lora"), row, causes=("hung|rendezvous", "finished"))
-    (told,) = events(run, "hung")
-    assert told["rank"] == 1
-
-
 @pytest.mark.parametrize("_case", [pytest.param(None, id="f55_straggler")])
 def test_straggler(_case: None, local_bed: LocalBed, local_reference: Reference, row: Row) -> None:
     """A rank that stops and goes on again and again makes the run slow, never wrong, and is not restarted."""
