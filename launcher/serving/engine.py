@@ -142,9 +142,11 @@ class Engine:
             if self._stopping:
                 return False
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            new = self._reading = self._admitted()
         for work, future in calls:
             _do(work, future)
+        with self._changed:
+            # Only now: what can be read together depends on the adapters that are there.
+            new = self._reading = self._admitted()
         self._read(new)
         self._reading = []
         self._cohorts = [part for cohort in self._cohorts if cohort.rows for part in cohort.split()]

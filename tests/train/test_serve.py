@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.adapters import train_adapter
 
-START_S = 180
+PATIENCE_S = 600
 LONG = 400
 """Tokens of an answer that is still being made when something else has been done."""
 TOKEN = "a-token-for-the-test"
@@ -38,15 +38,16 @@ class Server:
 
     def client(self, **options):
         """The real client; by default it must not hide a refusal by trying again."""
-        return openai.OpenAI(**({"base_url": self.url, "api_key": "none", "max_retries": 0, "timeout": 120} | options))
+        usual = {"base_url": self.url, "api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
+        return openai.OpenAI(**(usual | options))
 
     def health(self):
         """What the server says of itself."""
-        return httpx.get(self.url.removesuffix("/v1") + "/health").json()
+        return httpx.get(self.url.removesuffix("/v1") + "/health", timeout=PATIENCE_S).json()
 
     def post(self, path, body=None, **options):
         """A plain request."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE_S, **options)
 
 
 def start(*arguments, env=None):
@@ -56,7 +57,7 @@ def start(*arguments, env=None):
     lines = queue.Queue()
     threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
     try:
-        told = json.loads(lines.get(timeout=START_S))
+        told = json.loads(lines.get(timeout=PATIENCE_S))
     except (queue.Empty, ValueError):
         process.kill()
         raise AssertionError(f"the server did not start: exit code {process.wait()}") from None
@@ -84,7 +85,7 @@ def server(trained):
     running = start(*named, "--base-name", "base", "--max-rows", "16")
     yield running
     running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(timeout=60) == 0
+    assert running.process.wait(timeout=PATIENCE_S) == 0
 
 
 PROMPTS = ["the value of the object is", "a function", "if the name of a class begins with two underscores then the"]
@@ -252,23 +253,25 @@ def test_no_page_of_another_host_gets_in(server):
     """A browser on this machine may be made to send requests here; it cannot choose these headers."""
     url = f"{server.url}/completions"
     text = json.dumps({"model": "red", "prompt": "x"})
-    assert httpx.post(url, content=text, headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.get(f"{server.url}/models", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.post(url, content=text, headers={"Content-Type": "text/plain"}, timeout=PATIENCE_S).status_code == 415
+    assert httpx.get(f"{server.url}/models", headers={"Host": "evil.example"}, timeout=PATIENCE_S).status_code == 400
 
 
 def test_errors_of_the_protocol_have_the_same_form(server):
     """What is no JSON, and paths that there are not."""
-    torn = httpx.post(f"{server.url}/completions", content="{", headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    torn = httpx.post(f"{server.url}/completions", content="{", headers=headers, timeout=PATIENCE_S)
     assert torn.status_code == 400
     assert torn.json()["error"]["message"].startswith("the body is not JSON")
-    assert httpx.get(f"{server.url}/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+    nothing = httpx.get(f"{server.url}/nothing", timeout=PATIENCE_S)
+    assert nothing.json()["error"]["message"] == "GET /v1/nothing: Not Found"
 
 
 def test_a_client_that_leaves_makes_room(server):
     """Streamed or not: its row is dropped at the next step, long before its last token."""
     many = 600
     body = {"model": "red", "prompt": PROMPTS[0], "max_tokens": many, "temperature": 0}
-    with httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": True}, timeout=60) as stream:
+    with httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": True}, timeout=PATIENCE_S) as stream:
         lines = stream.iter_lines()  # kept: with its generator the response is closed
         next(lines)
         assert server.health()["running"] == 1
@@ -276,7 +279,7 @@ def test_a_client_that_leaves_makes_room(server):
         httpx.post(f"{server.url}/completions", json=body, timeout=0.5)
     began = time.monotonic()
     while server.health()["running"]:
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < PATIENCE_S
         time.sleep(0.02)
     left_s, began = time.monotonic() - began, time.monotonic()
     assert complete(server, "red", PROMPTS[0], many).usage.completion_tokens == many
@@ -384,6 +387,7 @@ def narrow(trained):
     """A server for one answer at a time, with a token."""
     env = {"SERVE_TEST_TOKEN": TOKEN}
     options = ["--token-env", "SERVE_TEST_TOKEN", "--max-rows", "1", "--max-waiting", "1", "--max-body", "10000"]
+    options += ["--grace", str(PATIENCE_S)]
     running = start(f"red={trained['red'].adapter}", *options, env=env)
     yield running
     running.process.kill()
@@ -418,7 +422,7 @@ def test_a_token_is_needed_limits_hold_and_the_end_is_orderly(narrow):
         narrow.process.send_signal(signal.SIGTERM)
         assert rest(first, chunks) == whole
         assert sum(one.exception() is None for one in crowd) == 1, "who waited is answered, too"
-    assert narrow.process.wait(timeout=60) == 0
+    assert narrow.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_whole_model_is_served_alone_and_ctrl_c_ends_it(trained):
@@ -431,7 +435,7 @@ def test_a_whole_model_is_served_alone_and_ctrl_c_ends_it(trained):
         assert running.post("/load_lora_adapter", load).status_code == 200
         assert complete(running, "blue", PROMPTS[1]).choices[0].text == expected(trained, "blue", PROMPTS[1], 24)
         running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(timeout=60) == 130
+        assert running.process.wait(timeout=PATIENCE_S) == 130
     finally:
         running.process.kill()
         running.process.wait()

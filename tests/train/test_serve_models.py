@@ -80,7 +80,7 @@ def answered(engine, rows):
     for one in rows:
         engine.submit(one)
     for one in rows:
-        assert one.sink.done.wait(120)
+        assert one.sink.done.wait(600)
     return [one.sink for one in rows]
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_that_ends_mixing_may_come_into_a_batch_under_way(tmp_path):
     try:
         for one in (second, first):
             engine.submit(one)
-        assert all(one.sink.done.wait(120) for one in (first, second))
+        assert all(one.sink.done.wait(600) for one in (first, second))
     finally:
         engine.stop()
     assert groups[0] is None
@@ -248,6 +248,32 @@ def test_an_adapter_that_ends_mixing_may_come_into_a_batch_under_way(tmp_path):
     alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert first.sink.tokens == greedy(alone, first.prompt)
     assert second.sink.tokens == greedy(PeftModel.from_pretrained(alone, plain).eval(), second.prompt)
+
+
+def test_rows_that_wait_while_mixing_ends_are_not_read_together(tmp_path):
+    """The adapter and the rows come at the same moment: each row has the weights it asked for."""
+    base = make_model_dir(tmp_path / "model")
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    plain, head = (peft_adapter(base, tmp_path / name, **KINDS["llama"][name]) for name in ("plain", "head"))
+    served = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu")
+    served.add("adapter_1_", open_adapter(plain, facts, trusted=True))
+    engine = Engine(served, Limits(rows=16, waiting=16))
+    rows = [row(entry(), prompts()[0]), row(entry("plain", "adapter_1_"), prompts()[1])]
+
+    def at_one_moment():
+        for one in rows:
+            engine.submit(one)
+        engine.call(lambda: served.add("adapter_2_", open_adapter(head, facts, trusted=True)))
+
+    engine.start()
+    try:
+        engine.call(at_one_moment)
+        assert all(one.sink.done.wait(600) for one in rows)
+    finally:
+        engine.stop()
+    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert rows[0].sink.tokens == greedy(alone, rows[0].prompt)
+    assert rows[1].sink.tokens == greedy(PeftModel.from_pretrained(alone, plain).eval(), rows[1].prompt)
 
 
 def test_a_file_with_weights_of_the_base_is_refused(tmp_path):
@@ -292,7 +318,7 @@ def test_who_has_gone_makes_room():
         for one in (endless, waiting, last):
             engine.submit(one)
         waiting.cancelled = endless.cancelled = True
-        assert last.sink.done.wait(60)
+        assert last.sink.done.wait(600)
     finally:
         engine.stop()
     assert waiting.sink.text == ""
