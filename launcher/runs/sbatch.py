@@ -133,7 +133,8 @@ def lines_before(request: JobRequest) -> list[str]:
     """Shell lines between the set-up and srun; nothing of the recipe is in them but the path of the run folder.
 
     The traps keep a signal that is meant for the ranks from ending this script before its last words; bash runs them
-    when srun has ended. Beside srun stands a watch for the case that it never ends. The mark tells one start of the job from another in the log that they share.
+    when srun has ended. Beside srun stands a watch for the case that it never ends. The mark tells one start of the job
+    from another in the log that they share.
     """
     return [
         *_nodes_to_use(request),

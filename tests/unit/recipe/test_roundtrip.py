@@ -121,7 +121,7 @@ def test_any_recipe_survives_being_written_and_read(recipe: Recipe) -> None:
 
 
 def test_the_builtin_retention_set_is_one_word() -> None:
-    """It is written and read as `retention: builtin`, replaces and is replaced by rows, and both at once are refused."""
+    """Written and read as `retention: builtin`; it replaces and is replaced by rows, and both at once are refused."""
     text = "name: demo\nmodel: m/m\ndata: {train: a.jsonl, retention: builtin}\n"
     recipe = recipe_from_text(text, "r.yaml").recipe
     assert (recipe.data.retention_builtin, recipe.data.retention) == (True, None)
