@@ -104,7 +104,7 @@ def test_time_limit_without_a_signal(_case: None, slurm_bed: FaultBed, slurm_ref
     """A job killed at its limit is shown as such; `resume` goes on from the newest checkpoint."""
     row.fault = "time limit of 2 min in a script without --signal"
     recipe = slurm_bed.fault_recipe("lora-unwarned", slurm={"time": 2, "requeue": False})
-    script = slurm_bed.launcher("submit", recipe, "--print-sbatch").expect().out
+    script = slurm_bed.launcher("submit", recipe, "--print-sbatch", LAUNCHER_FAULT=TOO_LONG).expect().out
     unwarned = "".join(line for line in script.splitlines(keepends=True) if "--signal" not in line)
     assert unwarned != script
     job = slurm_bed.as_user(["sbatch", "--parsable"], input_text=unwarned, LAUNCHER_FAULT=TOO_LONG).expect().out.strip()
