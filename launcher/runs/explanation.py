@@ -180,7 +180,7 @@ def _job(evidence: Evidence) -> SlurmJob | None:
     if evidence.cluster != "slurm" or evidence.job_id is None:
         return None
     try:
-        return find_jobs([evidence.job_id]).get(evidence.job_id)
+        return find_jobs([str(evidence.slurm_id)]).get(str(evidence.slurm_id))
     except LauncherError:
         return None
 

@@ -33,7 +33,7 @@ def refuse_living(run: RunFolder) -> None:
 def _refuse_in_queue(evidence: Evidence) -> None:
     run = evidence.run
     try:
-        jobs = list(find_jobs([evidence.job_id] if evidence.job_id else []).values())
+        jobs = list(find_jobs([evidence.slurm_id] if evidence.slurm_id else []).values())
         jobs += find_named([run.run_id]).get(run.run_id, [])
     except TemporaryError as error:
         raise TemporaryError(

@@ -64,6 +64,12 @@ class Evidence:
         return None if newest is None else str(newest)
 
     @property
+    def slurm_id(self) -> str | None:
+        """The same job as Slurm's commands take it: ARRAY_TASK for a task, one of which has its array's own number."""
+        sent = [str(event.get("job_id")) for event in self.events if event.get("event") == "submitted"]
+        return sent[-1] if sent and "_" in sent[-1] else self.job_id
+
+    @property
     def cluster(self) -> str:
         """One of slurm and local."""
         return str(self.job.get("request", {}).get("cluster", "slurm"))
@@ -107,7 +113,7 @@ class Evidence:
         """Whether this job was cancelled through the launcher, and not put back by hand after that."""
         cancelled = False
         for event in self.events:
-            if str(event.get("job_id")) != self.job_id:
+            if str(event.get("job_id")) not in (self.job_id, self.slurm_id):
                 continue
             if event.get("event") == "cancelled":
                 cancelled = True

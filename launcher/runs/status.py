@@ -128,10 +128,12 @@ def _statuses(runs: list[RunFolder], *, locked: bool = False) -> list[RunStatus]
     unreachable: str | None = None
     try:
         evidence = _with_lost_jobs(evidence, locked=locked)
-        jobs = find_jobs(one.job_id for one in evidence if one.cluster == "slurm" and one.result is None and one.job_id)
+        jobs = find_jobs(
+            one.slurm_id for one in evidence if one.cluster == "slurm" and one.result is None and one.slurm_id
+        )
     except LauncherError as error:
         unreachable = error.problems[0]
-    return [_status(one, judge(one, jobs.get(one.job_id or ""), unreachable=unreachable)) for one in evidence]
+    return [_status(one, judge(one, jobs.get(one.slurm_id or ""), unreachable=unreachable)) for one in evidence]
 
 
 def _with_lost_jobs(evidence: list[Evidence], *, locked: bool) -> list[Evidence]:
@@ -254,7 +256,7 @@ def cancel(run: RunFolder) -> str:
         _cancel_local(evidence)
         jobs = [evidence.job_id]
     else:
-        jobs = _cancel_in_queue(run, evidence.job_id)
+        jobs = _cancel_in_queue(run, evidence.slurm_id or evidence.job_id)
     return f"cancelled {run.run_id} (job {', '.join(jobs)}); checkpoints stay in {run.checkpoints}"
 
 

@@ -84,10 +84,9 @@ def test_an_array_per_rung_and_a_requeue_changes_nothing(bed: Bed, trials: Trial
     ]
     first, second = trials.arrays(undisturbed)
     jobs = [events(RunFolder(path), "submitted")[0]["job_id"] for path in (first, second)]
-    tasks = slurm("sacct", "-X", "-n", "-P", "--format=JobID,State", f"--jobs={','.join(jobs)}").split()
-    assert sorted(tasks) == sorted(
-        [f"{jobs[0]}_{task}|COMPLETED" for task in range(3)] + [f"{jobs[1]}_{task}|COMPLETED" for task in range(2)]
-    )
+    ended = sorted([f"{jobs[0]}_{n}|COMPLETED" for n in range(3)] + [f"{jobs[1]}_{n}|COMPLETED" for n in range(2)])
+    ask = ("sacct", "-X", "-n", "-P", "--format=JobID,State", f"--jobs={','.join(jobs)}")
+    bed.until(lambda: sorted(slurm(*ask).split()) == ended, "accounting sees five tasks end", limit_s=120)
 
     disturbed = trials.start("rough", "--parallel", "2", LAUNCHER_FAULT=SLOW)["trial"]
     run = trials.runs(disturbed)["high"]

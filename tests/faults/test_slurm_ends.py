@@ -112,6 +112,8 @@ def test_time_limit_without_a_signal(_case: None, slurm_bed: FaultBed, slurm_ref
     slurm_bed.until(lambda: "TIMEOUT" in slurm("sacct", "-X", "-n", "-j", job), "the limit", run, 400)
     assert_no_orphans(run)
     assert "time limit" in slurm_bed.launcher("why", run.run_id).expect().out
+    named = ("squeue", "--noheader", f"--name={run.run_id}")
+    slurm_bed.until(lambda: not slurm(*named).strip(), "its nodes are cleaned up", run, 120)
     slurm_bed.launcher("resume", run.run_id, "slurm.time=20").expect()
     check_survival(slurm_bed, run, slurm_reference("lora"), row, causes=("time_limit", FINISHED))
 

@@ -292,6 +292,16 @@ def test_cancel_asks_slurm_once(run: RunFolder, fake_slurm: FakeSlurm) -> None:
     assert fake_slurm.calls("scancel") == [["42"]]
 
 
+def test_cancel_of_an_arrays_task_leaves_the_others(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """One task of every array has the array's own number, which Slurm's commands would take for all of it."""
+    run.record("submitted", job_id="60_2", cluster="slurm", purpose="trial")
+    run.record("started", job_id="60", attempt="60.0")
+    fake_slurm.say("squeue", "60_2|RUNNING|node1|N/A|None\n")
+    assert "job 60_2" in status.cancel(run)
+    assert fake_slurm.calls("scancel") == [["60_2"]]
+    assert status.read_evidence(run).cancelled
+
+
 def test_a_cancelled_job_is_cancelled_even_when_slurm_forgets(run: RunFolder, fake_slurm: FakeSlurm) -> None:
     """The ledger remembers who ended it."""
     fake_slurm.say("squeue", "42|PENDING||N/A|Priority\n")
