@@ -90,7 +90,7 @@ def test_an_array_per_rung_and_a_requeue_changes_nothing(bed: Bed, trials: Trial
 
     disturbed = trials.start("rough", "--parallel", "2", LAUNCHER_FAULT=SLOW)["trial"]
     run = trials.runs(disturbed)["high"]
-    bed.until(lambda: any(line.get("step") == 3 for line in read_json_lines(run.metrics)), "step 3", run, limit_s=400)
+    bed.until(lambda: any(line.get("step") == 1 for line in read_json_lines(run.metrics)), "step 1", run, limit_s=400)
     slurm("scontrol", "requeue", events(run, "submitted")[0]["job_id"])
     assert trials.finished(disturbed) == expected
     assert len(events(run, "started")) >= 2
