@@ -39,6 +39,7 @@ from launcher.runs.folder import RunFolder, make_folder
 from launcher.runs.policy import Action, Decision, History, Limits, decide
 from launcher.runs.remains import text
 from launcher.runs.requeue import RefusedError, follow_up, nodes_there, put_back, stored_request
+from launcher.runs.slurm import find_jobs
 from launcher.runs.smaller import use_micro_batch
 from launcher.runs.state import Evidence, newest_checkpoint, read_evidence
 from launcher.runs.train_job import run_of_task
@@ -141,6 +142,13 @@ def claim(run: RunFolder, attempt: str) -> bool:
 
 def write_down(run: RunFolder, attempt: str, diagnosis: Diagnosis, decision: Decision, **facts: Any) -> None:
     """The one line of the ledger about what follows an attempt, and the same words in the log."""
+    note(run, attempt, diagnosis, decision, **facts)
+    say(f"{attempt} {diagnosis.sentence} [{diagnosis.cause}]")
+    say(f"{_ACTIONS[decision.action]}: {decision.reason}")
+
+
+def note(run: RunFolder, attempt: str, diagnosis: Diagnosis, decision: Decision, **facts: Any) -> None:
+    """The one line of the ledger about what follows an attempt."""
     run.record(
         "decided",
         attempt=attempt,
@@ -157,8 +165,6 @@ def write_down(run: RunFolder, attempt: str, diagnosis: Diagnosis, decision: Dec
         step=newest_checkpoint(run) or 0,
         **facts,
     )
-    say(f"{attempt} {diagnosis.sentence} [{diagnosis.cause}]")
-    say(f"{_ACTIONS[decision.action]}: {decision.reason}")
 
 
 _ACTIONS = {
@@ -334,6 +340,29 @@ def _decide_late(run: RunFolder, last: Start) -> tuple[str, str] | None:
         decision = replace(decision, action=Action.WAIT)
     write_down(run, last.attempt, diagnosis, decision, late=True)
     return None if decision.again else (diagnosis.cause.value, decision.reason)
+
+
+def close_last(run: RunFolder) -> None:
+    """Write down what ended the last attempt where nobody has: a job killed before its last words, resumed by hand.
+
+    The caller knows that no job of the run lives, and that another one follows.
+
+    Raises:
+        TemporaryError: Slurm does not answer.
+    """
+    evidence = read_evidence(run)
+    attempt = next(
+        (text(event.get("attempt")) for event in evidence.events[::-1] if event.get("event") == "started"), None
+    )
+    if attempt is None or decided(evidence, attempt) is not None:
+        return
+    job_id, local = evidence.slurm_id, evidence.cluster == "local"
+    job = None if local or job_id is None else find_jobs([job_id]).get(job_id)
+    claim(run, attempt)
+    slurm = None if job is None else JobView.of(job)
+    diagnosis, _ = conclude(run, attempt, exit_code=None, slurm=slurm, local=local)
+    decision = Decision(action=Action.STOP, reason="its job had no last words; it is resumed by hand")
+    note(run, attempt, diagnosis, decision, late=True)
 
 
 # ---------------------------------------------------------------- the process

@@ -25,6 +25,7 @@ from launcher.planning.search import resolve
 from launcher.recipe.load import load_recipe, recipe_from_text
 from launcher.recipe.schema import Recipe
 from launcher.runs.adoption import SETTLES_S, open_submission
+from launcher.runs.aftermath import close_last
 from launcher.runs.changes import Change, changes, refuse_other_training
 from launcher.runs.drift import drift
 from launcher.runs.folder import RunFolder
@@ -107,6 +108,7 @@ def resume(
             return finished
         refuse_living(run)
         prepared = _prepare(run, overrides)
+        close_last(run)
         job_id = _send(run, prepared, say)
     return replace(prepared.resumed, job_id=job_id)
 

@@ -109,6 +109,16 @@ def test_a_stopped_run_goes_on_as_another_job(run: RunFolder, fake_slurm: FakeSl
     assert status.read_evidence(run).job_id == "42"
 
 
+def test_a_job_that_had_no_last_words_is_judged_by_the_resume(run: RunFolder, fake_slurm: FakeSlurm) -> None:
+    """Killed at its time limit without a warning: the ledger tells the cause before it tells of the next job."""
+    run.record("started", job_id="43", attempt="43.0")
+    fake_slurm.say("squeue", in_queue(run, "43", "TIMEOUT", "TimeLimit"))
+    resumed(run)
+    line = next(line for line in read_json_lines(run.attempts) if line["event"] == "decided")
+    assert (line["attempt"], line["cause"], line["action"], line["late"]) == ("43.0", "time_limit", "stop", True)
+    assert events(run)[-2:] == ["submitting", "submitted"]
+
+
 def test_a_node_that_failed_twice_is_left_out_of_a_resume_by_hand(run: RunFolder, fake_slurm: FakeSlurm) -> None:
     """As after a failure of its own accord; a strike more than a day old no longer counts."""
     for attempt, age_s in (("41.1", 60.0), ("41.2", 30.0)):
