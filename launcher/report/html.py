@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.planning.plan import Estimate, Plan
+from launcher.report.curves import Tick
 from launcher.report.pages import environment
 from launcher.report.text import (
     _value,
@@ -121,14 +122,6 @@ class Point:
     kind: str
     x: float
     y: float
-    label: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tick:
-    """One mark of an axis."""
-
-    at: float
     label: str
 
 

@@ -84,6 +84,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file; empty where it is missing, half-written or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON line with a single write, so that lines of two writers never mix."""
     line = (json.dumps(value, sort_keys=True) + "\n").encode()

@@ -44,7 +44,7 @@ def submit(path: Path, overrides: list[str]) -> str:
         raise RecipeError(f"LAUNCHER_RUNS: {str(folder)!r} must not stand in a script; choose a plain path")
     folder.mkdir(mode=0o700, parents=True)
     write_json(folder / "request.json", {"recipe": str(path.resolve()), "overrides": overrides, "cwd": str(Path.cwd())})
-    write_atomic(folder / "job.sh", _script(site, folder))
+    write_atomic(folder / "job.sh", module_script(site, "prepare_job", folder))
     options = {
         "job-name": f"prepare-{recipe.name}",
         "ntasks": "1",
@@ -63,10 +63,10 @@ def submit(path: Path, overrides: list[str]) -> str:
     return answer.strip().split(";")[0]
 
 
-def _script(site: Site, folder: Path) -> str:
-    """Fixed lines, the site's own set-up, and two quoted paths of ours."""
+def module_script(site: Site, module: str, folder: Path) -> str:
+    """A job that runs one of our modules: fixed lines, the site's own set-up, and two quoted paths of ours."""
     package = str(Path(__file__).parents[2])
-    words = [train_python(site), "-m", "launcher.runs.prepare_job", str(folder)]
+    words = [train_python(site), "-m", f"launcher.runs.{module}", str(folder)]
     lines = [
         "#!/bin/bash",
         "umask 077",

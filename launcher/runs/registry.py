@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.errors import ConflictError, RecipeError
 from launcher.facts.adapters import CONFIG, LINEAGE, WEIGHTS, made_in_words, read_header
-from launcher.runs.folder import RunFolder, write_json
+from launcher.runs.folder import RunFolder, read_json, write_json
 from launcher.runs.lock import hold
 from launcher.runs.status import find_run, runs_folder
 
@@ -114,7 +114,7 @@ def diff(one: Entry, other: Entry) -> dict[str, tuple[Any, Any]]:
 
 def _facts(entry: Entry) -> dict[str, Any]:
     own = {key: value for key, value in entry.to_json().items() if key not in ("path", "tags", "run")}
-    return own | _flat(_json(Path(entry.path).parent / "plan.json").get("chosen", {}), "plan.")
+    return own | _flat(read_json(Path(entry.path).parent / "plan.json").get("chosen", {}), "plan.")
 
 
 def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -133,11 +133,11 @@ def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
     tags = tuple(sorted(label for label, target in named.items() if target == run.run_id))
-    return _of_folder(run.adapter, run.run_id, tags, _json(run.result))
+    return _of_folder(run.adapter, run.run_id, tags, read_json(run.result))
 
 
 def _of_folder(folder: Path, name: str, tags: tuple[str, ...], result: dict[str, Any]) -> Entry:
-    config, told = _json(folder / CONFIG), _lineage(folder / WEIGHTS)
+    config, told = read_json(folder / CONFIG), _lineage(folder / WEIGHTS)
     targets = config.get("target_modules") or ()
     return Entry(
         run=name,
@@ -178,13 +178,5 @@ def _lineage(path: Path) -> dict[str, Any]:
 
 
 def _tags(folder: Path) -> dict[str, str]:
-    found = _json(folder / ".adapters" / "tags.json")
+    found = read_json(folder / ".adapters" / "tags.json")
     return {str(label): str(run) for label, run in found.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

@@ -6,16 +6,14 @@ of its rows. What is missing is None.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError, LauncherError
 from launcher.recipe.load import load_recipe
-from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.folder import RunFolder, read_json, read_json_lines
 from launcher.runs.measured import step_s
 from launcher.runs.state import read_evidence
 from launcher.runs.story import restarts
@@ -110,7 +108,7 @@ class RunFacts:
 def run_facts(run: RunFolder) -> RunFacts:
     """Everything known of a run."""
     evidence, lines = read_evidence(run), list(read_json_lines(run.metrics))
-    result, plan = evidence.result or {}, _json(run.plan)
+    result, plan = evidence.result or {}, read_json(run.plan)
     chosen = _section(plan, "chosen")
     held_s = wall_s(evidence) or None
     ranks = int(chosen.get("nodes") or 0) * int(chosen.get("gpus_per_node") or 0)
@@ -231,11 +229,3 @@ def _single(name: str, unit: str, predicted: Any, measured: Any) -> Against:
 def _section(document: Line, name: str) -> dict[str, Any]:
     found = document.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from launcher.facts.serving import Served, refusals, serve_command
 from launcher.facts.site import Site, site_facts
 from launcher.facts.train_environment import environment, train_python
 from launcher.runs.folder import write_atomic, write_json
+from launcher.runs.prepare_job import module_script
 from launcher.runs.request import bad_characters
 from launcher.runs.sending import clean_environment
 from launcher.runs.status import runs_folder
@@ -144,7 +144,7 @@ def submit(request: Mapping[str, Any], place: Place) -> tuple[str, Path]:
         folder.mkdir(mode=0o700, parents=True)
         write_json(folder / "request.json", {"command": command, "port": request["port"]})
         write_json(folder / "token.json", {TOKEN: token})
-        write_atomic(folder / "job.sh", _script(site, folder))
+        write_atomic(folder / "job.sh", module_script(site, "serving_job", folder))
         named = [f"--{key}={value}" for key, value in _options(site, place, request, folder).items()]
         with clean_environment():
             answer = run_slurm(["sbatch", "--parsable", "--no-requeue", *named, str(folder / "job.sh")])
@@ -186,21 +186,6 @@ def _options(site: Site, place: Place, request: Mapping[str, Any], folder: Path)
         else None,
     }
     return {key: value for key, value in wanted.items() if value}
-
-
-def _script(site: Site, folder: Path) -> str:
-    """Fixed lines, the site's own set-up, and two quoted paths of ours."""
-    package = str(Path(__file__).parents[2])
-    lines = [
-        "#!/bin/bash",
-        "umask 077",
-        *(f"module load {module} || exit 1" for module in site.modules),
-        *site.setup,
-        *(f"export {key}={shlex.quote(value)}" for key, value in site.env.items()),
-        f"export PYTHONPATH={shlex.quote(package)}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"exec {shlex.join([train_python(site), '-m', 'launcher.runs.serving_job', str(folder)])}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main(folder: Path) -> int:
