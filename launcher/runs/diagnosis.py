@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.remains import Report, Said, last_words, number, one_line, read_reports, slurm_lines, text
+from launcher.runs.remains import Report, Said, is_there, last_words, number, one_line, read_reports, slurm_lines, text
 from launcher.runs.remedies import command_for
 from launcher.runs.state import Evidence
 from launcher.runs.symptoms import AGAIN, CONSEQUENCES, Cause, cause_of_error, cause_of_exit, cause_of_signal
@@ -313,7 +313,7 @@ class _Case:
         """Nobody said anything."""
         log = self.evidence.run.log(self.attempt.job_id, 0)
         controller = self.evidence.run.logs / "controller.out"
-        path = log if log.exists() or not controller.exists() else controller
+        path = controller if controller.exists() and not is_there(log) else log
         words = last_words(path)
         facts = {"evidence": words, "where": str(path) if words else None}
         if not self.attempt.began and self.exit_code:

@@ -168,6 +168,14 @@ def one_line(words: str) -> str:
     return next((line.strip()[:400] for line in words.splitlines() if line.strip()), "")
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have, out of a damaged ledger, is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def text(value: Any) -> str | None:
     """The value if it is a string with something in it."""
     return value if isinstance(value, str) and value else None

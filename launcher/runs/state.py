@@ -7,6 +7,7 @@ started again. So a job that has ended without it is a failure, stopped or cance
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ ENDED = frozenset(
 _HELD = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT"})
 _NEW_JOB = ("submitted", "started")
 """Events of which the last names the newest job; later lines about an older job do not make it the newest."""
+_JOB = re.compile(r"[A-Za-z0-9_.\[\]+-]{1,64}")
 FORGOTTEN_AFTER_S = 600.0
 """A job that neither queue nor accounting knows counts as ended only this long after its last sign of life."""
 
@@ -59,15 +61,15 @@ class Evidence:
     @property
     def job_id(self) -> str | None:
         """The newest job: of the ledger (which knows jobs submitted by hand), else of job.json."""
-        named = [event["job_id"] for event in self.events if event.get("job_id") and event.get("event") in _NEW_JOB]
-        newest = named[-1] if named else self.job.get("job_id")
-        return None if newest is None else str(newest)
+        lines = (event.get("job_id") for event in self.events if event.get("event") in _NEW_JOB)
+        named = [number for line in lines if (number := _number_of_job(line))]
+        return named[-1] if named else _number_of_job(self.job.get("job_id"))
 
     @property
     def slurm_id(self) -> str | None:
         """The same job as Slurm's commands take it: ARRAY_TASK for a task, one of which has its array's own number."""
-        sent = [str(event.get("job_id")) for event in self.events if event.get("event") == "submitted"]
-        return sent[-1] if sent and "_" in sent[-1] else self.job_id
+        sent = [_number_of_job(event.get("job_id")) for event in self.events if event.get("event") == "submitted"]
+        return sent[-1] if sent and "_" in (sent[-1] or "") else self.job_id
 
     @property
     def cluster(self) -> str:
@@ -125,6 +127,11 @@ class Evidence:
     def first_failure(self) -> str | None:
         """What went wrong in the last attempt, by whoever saw it best."""
         return story.trouble(self.events)
+
+
+def _number_of_job(value: Any) -> str | None:
+    """A job's number as files and commands may have it; None for whatever else a damaged ledger holds."""
+    return str(value) if isinstance(value, str | int) and _JOB.fullmatch(str(value)) else None
 
 
 def read_evidence(run: RunFolder) -> Evidence:
