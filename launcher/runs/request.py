@@ -100,7 +100,7 @@ class JobRequest:
         return found
 
     def _bad_values(self) -> Iterator[str]:
-        values = {
+        values: dict[str, Any] = {
             "name": self.name,
             "slurm.partition": self.partition,
             "slurm.account": self.account,
@@ -119,6 +119,9 @@ class JobRequest:
                 yield f"{where}: is empty; give it a value or remove it"
             for bad in bad_characters(value, _REFUSED_IN_SBATCH):
                 yield f"{where!r}: {bad} is not allowed in a value bound for sbatch: {value!r}"
+        for where in ("output_dir", "working folder"):
+            if values[where].startswith("~"):  # submitit would expand it, Slurm would not
+                yield f"{where}: ~ is not expanded in a job; write the whole path: {values[where]!r}"
         folder = self.run_dir.removesuffix(f"/{INDEX}") if self.array else self.run_dir
         if "%" in folder + self.name:
             yield f"output_dir: Slurm replaces % in file names; choose a path without it: {self.run_dir!r}"
