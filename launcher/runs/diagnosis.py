@@ -12,6 +12,7 @@ Order of belief, highest first:
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from launcher.runs.view import JobView
 
 __all__ = ["Attempt", "Cause", "Diagnosis", "diagnose", "newest_attempt"]
 
+_ATTEMPT = re.compile(r"[A-Za-z0-9_.+-]{1,80}")
+"""What may be an attempt's name, and so part of a path; a damaged ledger may hold anything."""
 PAUSED = "paused"
 """What a worker gives as reason where it left at the step of pause.json."""
 SIGNAL_MAY_BE_EARLY_S = 90.0
@@ -92,7 +95,8 @@ class Attempt:
 
 def newest_attempt(events: tuple[Mapping[str, Any], ...]) -> str | None:
     """The attempt that wrote last."""
-    return next((name for event in events[::-1] if (name := text(event.get("attempt")))), None)
+    named = (text(event.get("attempt")) for event in events[::-1])
+    return next((name for name in named if name and _ATTEMPT.fullmatch(name)), None)
 
 
 def attempt_of(events: tuple[Mapping[str, Any], ...], name: str) -> Attempt:

@@ -68,7 +68,7 @@ def read_reports(run: RunFolder, attempt: str) -> tuple[Report, ...]:
     try:
         names = (path for path in folder.iterdir() if path.name == "hung.json" or _RANK.fullmatch(path.name))
         paths = sorted(names)[:_REPORTS]
-    except OSError:
+    except (OSError, ValueError):
         return ()
     found = [report for path in paths if (report := _report(path)) is not None]
     return tuple(sorted(found, key=lambda report: (report.time_s, report.rank or 0)))
@@ -172,7 +172,7 @@ def is_there(path: Path) -> bool:
     """Whether there is such a file; a name that no file can have, out of a damaged ledger, is none."""
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
