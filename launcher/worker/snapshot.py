@@ -5,7 +5,7 @@ save would leave the other ranks waiting in its barrier. Writers keep their erro
 
 The copies live in buffers that are reused by every save, so their page faults are paid once; on a GPU they are pinned.
 Tensors of the host are copied by the thread, while the next forward and backward pass read them; who changes them, the
-update, waits until `settle` has returned (CheckFreq, FAST'21, section 4.1, calls it pipelining the snapshot).
+update, waits until `settle` has returned (CheckFreq, FAST'21, calls it pipelining the snapshot).
 """
 
 from __future__ import annotations

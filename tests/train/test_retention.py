@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,9 @@ from launcher.runs.folder import RunFolder, read_json_lines
 from tests.tiny import make_recipe
 from tests.train.ranks import Ranks
 from tests.train.runs import candidate_for, make_run, result, train_here
-from tests.train.trained import make_trained_base
 
 STEPS = 60
 ADVISED = {"full": FULL_RATES[1], "lora": LORA_RATES[0]}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder whose `model` has learnt Python's documentation."""
-    folder = tmp_path_factory.mktemp("base")
-    make_trained_base(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(1, tmp_path_factory.mktemp("rendezvous"))
-    yield group
-    group.close()
 
 
 def prepared(
