@@ -94,6 +94,8 @@ def verdict(document: dict[str, Any], told: Sequence[Row]) -> list[str]:
         return [f"rung {document['rung']} of {len(document['rungs'])} is not done"]
     if not document["ties"]:
         return []
+    if document.get("confirms"):
+        return [_confirmation(document)]
     best, noise = document["ties"][0], document["smallest_difference"]
     if noise is None:
         return [f"best measured: {best}; one seed, so how much of it is chance is not known (--seeds 3 measures it)"]
@@ -102,6 +104,22 @@ def verdict(document: dict[str, Any], told: Sequence[Row]) -> list[str]:
     finished = sum(row.status == "finished" for row in told)
     alone = f"by more than seed-to-seed noise ({noise:.4f}, 95 %)" if finished > 1 else "the only one that finished"
     return [f"best: {best}, {alone}"]
+
+
+def _confirmation(document: dict[str, Any]) -> str:
+    """What running winner and runner-up again has shown."""
+    said, noise = document["confirms"], document["smallest_difference"]
+    seeds = f"{len(document['seeds'])} new seeds"
+    named = f"{said['winner']}, the winner of {said['trial']}"
+    match said["outcome"]:
+        case "confirmed":
+            return f"confirmed: {named}, is better again with {seeds}, by more than noise ({noise:.4f}, 95 %)"
+        case "reversed":
+            return f"NOT confirmed: with {seeds}, {said['runner_up']} is better than {named} (noise {noise:.4f}, 95 %)"
+        case "tie":
+            other = said["runner_up"]
+            return f"a tie: with {seeds}, {named}, and {other} differ by less than noise ({noise:.4f}, 95 %)"
+    return f"whether {named}, is better is not known: it takes two finished candidates and two seeds or more"
 
 
 def duration(seconds: float) -> str:

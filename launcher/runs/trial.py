@@ -30,7 +30,7 @@ from launcher.runs.sending import Say
 from launcher.runs.status import cancel, run_status, runs_folder
 from launcher.runs.submission import job_request, submit
 from launcher.runs.trial_candidates import Candidate, Planner, Spec
-from launcher.runs.trial_folder import Task, Trial
+from launcher.runs.trial_folder import Confirms, Task, Trial
 from launcher.runs.trial_rungs import most_hours, rung_steps
 from launcher.runs.trial_scores import failure_of, reached
 from launcher.runs.trial_standing import Standing, stand
@@ -52,6 +52,9 @@ class Asked:
     local: bool = False
     parent: Path | None = None
     """Folder of the runs; None = the recipe's output_dir, or the usual one."""
+    settled: tuple[str, ...] = ()
+    """Overrides that the user did not write; they win over those that were written."""
+    confirms: Confirms | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,7 @@ def plan(asked: Asked) -> Planned:
         ClusterError: more tasks than one array may have.
         LauncherError: what is wrong with recipe, data, model or site.
     """
-    shared = (*asked.overrides, *(("slurm.site=local",) if asked.local else ()))
+    shared = (*asked.overrides, *(("slurm.site=local",) if asked.local else ()), *asked.settled)
     loaded = load_recipe_with_notices(asked.recipe, shared)
     recipe = loaded.recipe
     _refuse_without_validation(recipe)
@@ -186,6 +189,7 @@ def create(asked: Asked, planned: Planned) -> Trial:
             asked=asked.overrides,
             origin=str(asked.recipe.resolve()),
             working_folder=str(Path.cwd()),
+            confirms=asked.confirms,
         )
     except OSError as error:
         raise ClusterError(f"cannot write the trial's folder in {parent}: {error}") from error
@@ -240,7 +244,7 @@ def advance(trial: Trial, say: Say, *, by_hand: bool = True, wait: bool = True) 
         JobFailedError: every candidate failed, or a run ended and nobody knows whether it should go on.
         LauncherError: what a submission may raise.
     """
-    with _working_folder(trial), hold(trial.folder, "trial"):
+    with working_folder(trial), hold(trial.folder, "trial"):
         if trial.executor == "local":
             return _here(trial, say)
         from launcher.runs.trial_array import advance_on_cluster
@@ -333,8 +337,8 @@ def is_last(trial: Trial, rung: int) -> bool:
 
 
 @contextlib.contextmanager
-def _working_folder(trial: Trial) -> Iterator[None]:
-    """Where the trial was started: relative paths of its recipe mean the same.
+def working_folder(trial: Trial) -> Iterator[None]:
+    """Inside it: where the trial was started, so relative paths of its recipe mean the same.
 
     Raises:
         ClusterError: that folder is gone.
@@ -350,4 +354,4 @@ def _working_folder(trial: Trial) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Asked", "Planned", "advance", "create", "make_runs", "plan"]
+__all__ = ["Asked", "Planned", "advance", "create", "make_runs", "plan", "working_folder"]

@@ -34,6 +34,15 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Confirms:
+    """A finished trial, and the two of its candidates that are run again."""
+
+    trial: str
+    winner: str
+    runner_up: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """What was asked for, complete."""
 
@@ -57,6 +66,8 @@ class Trial:
     """The recipe's file."""
     working_folder: str
     """Where the trial was started: the recipe's relative paths begin there."""
+    confirms: Confirms | None = None
+    """What it runs again, where it is the confirmation of another trial."""
 
     @property
     def name(self) -> str:
@@ -157,6 +168,8 @@ def read_trial(path: Path) -> Trial:
     document["shares"] = tuple(Fraction(share) for share in document["shares"])
     for name in ("seeds", "overrides", "asked"):
         document[name] = tuple(document[name])
+    if document.get("confirms") is not None:
+        document["confirms"] = Confirms(**document["confirms"])
     return Trial(path=path.resolve(), **document)
 
 

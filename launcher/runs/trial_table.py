@@ -10,14 +10,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from launcher.runs.trial_folder import Trial
+from launcher.runs.trial_folder import Confirms, Trial
 from launcher.runs.trial_rungs import mean
 from launcher.runs.trial_scores import Score
 from launcher.runs.trial_standing import Standing
 
 SCHEMA = 1
+Outcome = Literal["confirmed", "tie", "reversed", "unknown"]
 _T_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -222,4 +223,27 @@ def to_json(trial: Trial, standing: Standing, told: Sequence[Row]) -> dict[str, 
         "smallest_difference": smallest_difference(finished),
         "ties": ties(told) if standing.finished else [],
         "base_score": scores(trial).get("base"),
+        "confirms": _confirms(trial, told) if standing.finished else None,
     }
+
+
+def _confirms(trial: Trial, told: Sequence[Row]) -> dict[str, Any] | None:
+    """What a confirmation says of the trial before it."""
+    if trial.confirms is None:
+        return None
+    return asdict(trial.confirms) | {"outcome": confirmation(trial.confirms, told)}
+
+
+def confirmation(before: Confirms, told: Sequence[Row]) -> Outcome:
+    """Whether the winner was better again, by more than noise; where nobody knows the noise, nothing can be confirmed.
+
+    Source: the same test as `smallest_difference`, on seeds that nothing was chosen by.
+    """
+    losses = {row.candidate: row.validation_loss for row in told if row.status == "finished"}
+    winner, other = losses.get(before.winner), losses.get(before.runner_up)
+    noise = smallest_difference([row for row in told if row.status == "finished"])
+    if winner is None or other is None or noise is None:
+        return "unknown"
+    if abs(other - winner) <= noise:
+        return "tie"
+    return "confirmed" if winner < other else "reversed"

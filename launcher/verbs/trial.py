@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "--candidate", "lines", multiple=True, metavar="'NAME: FIELD=VALUE ...'", help="One candidate; repeat it."
 )
 @click.option("--candidates", "file", type=click.Path(path_type=Path), help="File with such a line per candidate.")
-@click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Runs per candidate.")
+@click.option("--seeds", type=click.IntRange(1, 100), help="Runs per candidate.  [default: 1; with --confirm 3]")
 @click.option("--rungs", default="1/4,1/2,1", show_default=True, help="Where the worse half stops, as shares of a run.")
 @click.option("--parallel", type=click.IntRange(1), help="Most tasks of the array at a time.")
 @click.option("--local", is_flag=True, help="Run on this machine, one after the other.")
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     help="What --pick chooses by.",
 )
 @click.option("--pick", type=click.Path(path_type=Path, dir_okay=False), help="Write the winning recipe to this file.")
+@click.option("--confirm", is_flag=True, help="Run winner and runner-up of a finished TRIAL again, with new seeds.")
 @click.option("--scorer", metavar="exact|FILE.py:FUNCTION", help="Judge answers of the finished to held-out prompts.")
 @click.option("--dry-run", is_flag=True, help="Show candidates, rungs and predicted cost; write nothing.")
 @json_flag
@@ -56,13 +57,14 @@ def command(
     overrides: tuple[str, ...],
     lines: tuple[str, ...],
     file: Path | None,
-    seeds: int,
+    seeds: int | None,
     rungs: str,
     parallel: int | None,
     local: bool,
     wait: bool,
     objective: Objective,
     pick: Path | None,
+    confirm: bool,
     scorer: str | None,
     dry_run: bool,
     as_json: bool,
@@ -75,6 +77,8 @@ def command(
     from launcher.runs.trial_folder import find_trial
 
     found = find_trial(recipe, parent)
+    if confirm and found is None:
+        raise click.UsageError(f"--confirm takes a trial that has ended; {recipe!r} is none")
     if found is None:
         from launcher.recipe.shipped import find_recipe
         from launcher.runs import trial
@@ -84,7 +88,7 @@ def command(
             recipe=find_recipe(recipe),
             overrides=tuple(read_overrides(overrides)),
             specs=_specs(lines, file),
-            seeds=seeds,
+            seeds=seeds or 1,
             shares=parse_rungs(rungs),
             parallel=parallel,
             local=local,
@@ -97,6 +101,10 @@ def command(
         raise click.UsageError(
             f"{found.name} is a trial, which goes on as it began; leave overrides and candidates out"
         )
+    elif confirm:
+        found = _confirmation(found, objective, seeds, dry_run=dry_run, as_json=as_json)
+        if found is None:
+            return
     _go_on(found, objective, pick, None if dry_run else scorer, as_json=as_json, wait=wait, dry_run=dry_run)
 
 
@@ -106,6 +114,17 @@ def _specs(lines: tuple[str, ...], file: Path | None) -> tuple[Spec, ...] | None
 
     named = parse_specs(lines, "--candidate") if lines else []
     return (*named, *(read_specs(file) if file else [])) or None
+
+
+def _confirmation(
+    trial: Trial, objective: Objective, seeds: int | None, *, dry_run: bool, as_json: bool
+) -> Trial | None:
+    """A new trial of the first two of this one; None in a dry run."""
+    from launcher.runs.trial import working_folder
+    from launcher.runs.trial_confirm import SEEDS, confirmation_of
+
+    with working_folder(trial):
+        return _new(confirmation_of(trial, objective, seeds or SEEDS), dry_run=dry_run, as_json=as_json)
 
 
 def _new(asked: Asked, *, dry_run: bool, as_json: bool) -> Trial | None:

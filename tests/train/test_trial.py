@@ -208,6 +208,21 @@ def test_seeds_are_compared_on_the_same_rows(user: User, undisturbed: Trial) -> 
     assert (len(document["ties"]) == 1) == (other.validation_loss - best.validation_loss > noise)
 
 
+def test_a_confirmation_runs_the_first_two_with_new_seeds(user: User, undisturbed: Trial) -> None:
+    """A trial of its own on the same held-out rows; what it says of the first one is in its table."""
+    document = json.loads(user.trial(undisturbed.name, "--confirm", "--seeds", "2", "--json"))
+    again, before = user.trials()[-1], [row for row in table(undisturbed).values() if row.status == "finished"]
+    assert document["confirms"] | {"outcome": ""} == {
+        "trial": undisturbed.name, "winner": before[0].candidate, "runner_up": before[1].candidate, "outcome": ""
+    }  # fmt: skip
+    assert document["confirms"]["outcome"] in {"confirmed", "tie", "reversed"}
+    assert again.seeds == (43, 44)
+    for row in before:
+        same = table(again)[row.candidate].base_loss == row.base_loss
+        assert same or row.method == "prompt"  # LoRA begins as the base, so equal losses mean equal rows
+        assert not set(table(again)[row.candidate].losses) & set(row.losses)
+
+
 def test_nothing_is_written_in_a_dry_run(user: User) -> None:
     """Candidates, rungs and cost, without a folder."""
     before = len(user.trials())

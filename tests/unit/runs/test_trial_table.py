@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import ConflictError, JobFailedError
-from launcher.recipe.load import load_recipe
+from launcher.recipe.load import load_recipe, recipe_to_yaml
+from launcher.report.trial import verdict
 from launcher.runs import trial_folder
 from launcher.runs.trial_choice import choose, write_choice
+from launcher.runs.trial_confirm import confirmation_of
 from launcher.runs.trial_folder import Trial
 from launcher.runs.trial_scores import failure_of
 from launcher.runs.trial_standing import stand
 from launcher.runs.trial_table import Row, rows, smallest_difference, ties, to_json
+from tests.tiny import make_recipe
 from tests.unit.runs.trial_material import give_run, make_candidate, make_trial, reach
 
 
@@ -254,3 +258,58 @@ def test_the_winning_recipe_says_why(tmp_path: Path) -> None:
     assert "lowest validation loss" in path.read_text().split("name:")[0]
     with pytest.raises(ConflictError, match="not overwritten"):
         write_choice(trial, choose([row("a", 1.0)], "quality"), path)
+
+
+# ---------------------------------------------------------------- once more, with new seeds
+
+
+def confirmed(tmp_path: Path, **losses: tuple[float, ...]) -> dict[str, object]:
+    """What table.json says of a confirmation: a won the trial before it, b was second."""
+    trial = make_trial(
+        tmp_path,
+        "".join(losses),
+        shares=(Fraction(1),),
+        seeds=(43, 44, 45),
+        confirms=trial_folder.Confirms(trial="tiny-1", winner="a", runner_up="b"),
+    )
+    for name, each in losses.items():
+        for seed, loss in zip(trial.seeds, each, strict=True):
+            reach(trial, name, 0, loss, seed=seed)
+    standing = stand(trial_folder.read_trial(trial.path))
+    document = to_json(trial, standing, rows(trial, standing))
+    assert verdict(document, rows(trial, standing))[0].startswith(
+        {"confirmed": "confirmed: a", "reversed": "NOT confirmed", "tie": "a tie", "unknown": "whether a"}[
+            document["confirms"]["outcome"]
+        ]
+    )
+    return document["confirms"]
+
+
+def test_a_winner_is_confirmed_by_more_than_noise_or_not_at_all(tmp_path: Path) -> None:
+    """New seeds decide between three words; the old losses play no part."""
+    apart, close = (2.0, 2.01, 2.02), (2.005, 2.015, 2.025)
+    assert confirmed(tmp_path / "1", a=apart, b=(3.0, 3.01, 3.02))["outcome"] == "confirmed"
+    assert confirmed(tmp_path / "2", a=(3.0, 3.01, 3.02), b=apart)["outcome"] == "reversed"
+    assert confirmed(tmp_path / "3", a=apart, b=close)["outcome"] == "tie"
+
+
+def test_two_candidates_are_confirmed_on_the_rows_of_their_trial(finished: Trial, tmp_path: Path) -> None:
+    """Winner and best of the others, seeds never used before, the held-out rows of the trial that chose."""
+    recipe = make_recipe(tmp_path)
+    finished.recipe.write_text(recipe_to_yaml(recipe))
+    asked = confirmation_of(finished, "quality", 3)
+    assert asked.specs is not None
+    assert [(spec.name, spec.overrides) for spec in asked.specs] == [
+        ("c", finished.candidate("c").overrides),
+        ("b", finished.candidate("b").overrides),
+    ]
+    assert (asked.seeds, asked.shares) == (3, (Fraction(1),))
+    assert set(asked.settled) == {"train.seed=43", f"data.split_seed={recipe.train.seed}"}
+    assert asked.confirms == trial_folder.Confirms(trial=finished.name, winner="c", runner_up="b")
+
+
+def test_what_has_not_ended_has_no_winner_to_confirm(tmp_path: Path) -> None:
+    """The message says how to go on."""
+    trial = make_trial(tmp_path)
+    with pytest.raises(ConflictError, match=f"go on with: launcher trial {trial.name}"):
+        confirmation_of(trial, "quality", 3)
