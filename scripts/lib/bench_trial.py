@@ -187,6 +187,8 @@ def main(arguments: list[str]) -> int:
     if not (options.quickstart / "base").is_dir():
         print(f"{options.quickstart}/base is not there; run scripts/quickstart first", file=sys.stderr)
         return 2
+    command = "scripts/bench " + " ".join(["trial", *arguments])
+    target = options.out / f"trial-{machine()}-{datetime.date.today().isoformat()}.md"
     home = Path(tempfile.mkdtemp(prefix="trial-"))
     try:
         (home / "quickstart").symlink_to(options.quickstart.resolve())
@@ -198,8 +200,8 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {verdict(found[name])}", flush=True)
             retained[name] = [one for method in ("lora", "full") for one in forgets(home, rows, options.steps, method)]
             print("\n".join(_retention(name, one) for one in retained[name]), flush=True)
-        target = options.out / f"trial-{machine()}-{datetime.date.today().isoformat()}.md"
-        target.write_text(page(found, retained, "scripts/bench " + " ".join(["trial", *arguments])), encoding="utf-8")
+            # Written as it goes: what comes next may fail, and an hour of work with it.
+            target.write_text(page(found, retained, command), encoding="utf-8")
         print(target.name)
     finally:
         shutil.rmtree(home, ignore_errors=True)
