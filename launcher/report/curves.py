@@ -87,8 +87,12 @@ def chart(
     from_zero: bool = False,
     marks: Sequence[tuple[int, str]] = (),
     log: bool = False,
+    unit: float = 1.0,
 ) -> Chart | None:
-    """A figure of the lines that have points; None where none has. `marks`: (step, label) of upright lines."""
+    """A figure of the lines that have points; None where none has.
+
+    `marks`: (step, label) of upright lines. `unit`: what values are labelled in, so that ticks are round in it.
+    """
     shown = [line for line in lines if line.points]
     if not shown:
         return None
@@ -99,7 +103,7 @@ def chart(
         for line in shown
     )
     sizes = ("wide" if whole else "half", "narrow")
-    drawings = [_draw(size, thin, said, from_zero=from_zero, marks=marks, log=log) for size in sizes]
+    drawings = [_draw(size, thin, said, from_zero=from_zero, marks=marks, log=log, unit=unit) for size in sizes]
     return Chart(id=id_, title=title, whole=whole, legend=tuple(shown), text=text, drawings=tuple(drawings))
 
 
@@ -123,6 +127,7 @@ def _draw(
     from_zero: bool,
     marks: Sequence[tuple[int, str]],
     log: bool,
+    unit: float,
 ) -> Drawing:
     width, height = _SIZES[size]
     steps = [step for line in lines for step, _ in line.points]
@@ -138,7 +143,7 @@ def _draw(
         right=width - _RIGHT,
         floor=height - _BOTTOM,
         x_ticks=tuple(Tick(at=x.place(step), label=f"{step:,.0f}") for step in x.ticks(80, whole=True)),
-        y_ticks=tuple(Tick(at=y.place(value), label=said(value)) for value in y.ticks(34)),
+        y_ticks=tuple(Tick(at=y.place(value), label=said(value)) for value in y.ticks(34, unit=unit)),
         lines=tuple(_drawn(line, x, y, said) for line in lines),
         marks=tuple(Tick(at=x.place(step), label=label) for step, label in marks if step >= x.low),
     )
@@ -180,13 +185,13 @@ class _Scale:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         return round(self.start + share * (self.end - self.start), 1)
 
-    def ticks(self, room: float, *, whole: bool = False) -> list[float]:
-        """Round values whose labels are `room` apart at least."""
+    def ticks(self, room: float, *, whole: bool = False, unit: float = 1.0) -> list[float]:
+        """Values round in `unit` whose labels are `room` apart at least."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
             return [value for value in found if self.low <= value <= self.high]
-        step = _round_up((self.high - self.low) * room / abs(self.end - self.start))
+        step = unit * _round_up((self.high - self.low) / unit * room / abs(self.end - self.start))
         step = max(1.0, step) if whole else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [step * index for index in range(first, last + 1)]

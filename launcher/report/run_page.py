@@ -13,7 +13,7 @@ from launcher.errors import ModelError
 from launcher.facts.adapters import read_adapter_facts
 from launcher.report.compare import UNITS
 from launcher.report.curves import Chart, Line, chart
-from launcher.report.numbers import bytes_, count, loss, money, percent, seconds
+from launcher.report.numbers import GIB, MIB, bytes_, count, loss, money, percent, seconds
 from launcher.report.pages import environment
 from launcher.runs.attempts import Attempt, attempts
 from launcher.runs.explanation import Explanation, explain
@@ -162,9 +162,16 @@ def _charts(page: RunPage) -> Iterator[Chart]:
         chart("losses", "Loss", losses, lambda value: f"{value:.3g}", whole=True, marks=marks, log=True),
         chart("rate", "Learning rate", [rate], lambda value: f"{value:.3g}", from_zero=True, marks=marks),
         chart("speed", "Tokens per second", [speed], lambda value: f"{value:,.0f}", from_zero=True, marks=marks),
-        chart("memory", "Memory", [device, host], bytes_, from_zero=True, marks=marks),
+        _memory(device, host, marks),
     )
     yield from (one for one in found if one is not None)
+
+
+def _memory(device: Line, host: Line, marks: Sequence[tuple[int, str]]) -> Chart | None:
+    """Round ticks are round in the unit of the labels."""
+    most = max((value for line in (device, host) for _, value in line.points), default=0.0)
+    unit = float(GIB if most >= GIB / 4 else MIB)
+    return chart("memory", "Memory", [device, host], bytes_, from_zero=True, marks=marks, unit=unit)
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

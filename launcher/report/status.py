@@ -10,6 +10,7 @@ from launcher.runs.status import RunStatus
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
 _STYLES = {
     "COMPLETED": "green",
@@ -22,7 +23,9 @@ _STYLES = {
     "NOT_SUBMITTED": "dim",
 }
 _GIB = 2**30
-_FILE_WIDTH = 400
+_FILE_WIDTH = 4000
+_WORDS_WIDTH = 30
+"""Columns that WHAT needs at least."""
 
 
 def print_status(states: Sequence[RunStatus], *, one: bool, console: Console | None = None) -> None:
@@ -37,10 +40,19 @@ def print_status(states: Sequence[RunStatus], *, one: bool, console: Console | N
     if not states:
         console.print("no runs here; launcher submit RECIPE starts one")
         return
-    console.print(_block(states[0]) if one else _table(states))
+    if one:
+        console.print(_block(states[0]))
+        return
+    room = console.width - console.measure(_table(states, words=False)).maximum
+    console.print(_table(states, words=room >= _WORDS_WIDTH))
+    if room < _WORDS_WIDTH:
+        # Beside the numbers nobody could read the words, nor the numbers beside the words.
+        for status in states:
+            console.print(f"\n{status.run}: {_words(status)}", markup=False)
 
 
-def _table(states: Sequence[RunStatus]) -> RenderableType:
+def _table(states: Sequence[RunStatus], *, words: bool) -> Table:
+    """A line per run; `words`: with what is to be said of it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -56,9 +68,10 @@ def _table(states: Sequence[RunStatus]) -> RenderableType:
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for name, right in (("PEAK", True), ("RESTARTS", True), ("LEFT", True)):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    table.add_column("WHAT", no_wrap=True, overflow="ellipsis")
+    if words:
+        table.add_column("WHAT", overflow="fold")
     for status in states:
-        table.add_row(
+        cells = (
             status.run,
             status.job_id or "-",
             Text(status.state, style=_style(status)),
@@ -68,9 +81,14 @@ def _table(states: Sequence[RunStatus]) -> RenderableType:
             _peak(status),
             str(status.restarts),
             duration(status.eta_s),
-            Text("; ".join((status.sentence, *(f"warning: {said}" for said in status.warnings)))),
         )
+        table.add_row(*cells, *((Text(_words(status)),) if words else ()))
     return table
+
+
+def _words(status: RunStatus) -> str:
+    """What the run does, and what it warns of: the fact alone; `launcher status RUN` has the advice, too."""
+    return "; ".join((status.sentence, *(f"warning: {said.partition(': ')[0]}" for said in status.warnings)))
 
 
 def _block(status: RunStatus) -> RenderableType:

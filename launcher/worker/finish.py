@@ -18,7 +18,7 @@ from launcher.runs.folder import RunFolder, write_json
 from launcher.worker import faults, forgetting
 from launcher.worker.artifact import verify_artifact, write_artifact
 from launcher.worker.engine import Engine
-from launcher.worker.loop import Loop
+from launcher.worker.loop import Loop, Memory
 from launcher.worker.loss import mean_loss
 from launcher.worker.place import Place
 from launcher.worker.progress import Progress
@@ -85,8 +85,8 @@ class Finish:
         return mean_loss(model, batches, device=device, autocast=autocast)
 
     def _result(self, loop: Loop, artifact: dict[str, Any], peaks: dict[str, int | None]) -> None:
-        memory, limit = loop.memory, self.recipe.data.retention_max_rise
-        warning = forgetting.warning(memory.step, memory.before, memory.after, limit)
+        memory = loop.memory
+        warnings = self._warnings(memory)
         losses = {
             f"{name}_loss": {"before": memory.before.get(name), "after": memory.after.get(name)}
             for name in ("validation", "retention")
@@ -103,7 +103,7 @@ class Finish:
             "train_loss": {"first": memory.first_loss, "last": memory.last_loss},
             **losses,
             "retention_rise": forgetting.rise(memory.before, memory.after),
-            "warnings": [warning] if warning else [],
+            "warnings": warnings,
             "data": self._data(loop),
             "artifact": artifact,
             "train_s": memory.train_s,
@@ -115,6 +115,15 @@ class Finish:
         write_json(self.folder.result, result)
         self.folder.record("completed", **self.place.names, step=memory.step)
         self.progress.say(f"finished after step {memory.step}: {artifact['path']}")
+
+    def _warnings(self, memory: Memory) -> list[dict[str, Any]]:
+        """What the result is to be looked at for; what was not said during training is said now."""
+        method, limit = self.candidate.method, self.recipe.data.retention_max_rise
+        forgot = forgetting.warning(memory.step, memory.before, memory.after, limit, method=method)
+        worse = forgetting.worse_than_base(memory.step, memory.before, memory.after)
+        if worse:
+            self.progress.say(f"warning: {worse['message']}")
+        return [found for found in (forgot, worse) if found]
 
     def _data(self, loop: Loop) -> dict[str, str | None]:
         """What was trained and measured on, so that runs on the same rows can be told: key of the cache, and hashes."""

@@ -15,6 +15,8 @@ from typing import Any
 NAME = "retention"
 CODE = "retention"
 """Code of the warning, in metrics.jsonl and result.json; scripts read it."""
+WORSE = "worse-than-base"
+_VALIDATION = "validation"
 _MOST_NATS = 50.0
 """Beyond it a number says no more, and one day it would not be finite."""
 
@@ -25,15 +27,29 @@ def rise(before: Mapping[str, float], after: Mapping[str, float]) -> float | Non
     return None if first is None or now is None else math.expm1(min(now - first, _MOST_NATS))
 
 
-def warning(step: int, before: Mapping[str, float], after: Mapping[str, float], limit: float) -> dict[str, Any] | None:
+def warning(
+    step: int, before: Mapping[str, float], after: Mapping[str, float], limit: float, *, method: str = "full"
+) -> dict[str, Any] | None:
     """What to say where the rise is past `limit`, as {"code", "message", "step", "rise", "limit"}; else None."""
     found = rise(before, after)
     if found is None or not found > limit:
         return None
+    adapter = "train an adapter instead of all weights, " if method == "full" else ""
     message = (
         f"by step {step} the loss on the retention set rose from {before[NAME]:.4f} to {after[NAME]:.4f}, its "
         f"perplexity by {found:.0%} (the limit is {limit:.0%}): the base is being forgotten; "
-        "lower train.learning_rate, train an adapter instead of all weights, or mix general text into data.train "
-        "with a weight below 1"
+        f"lower train.learning_rate, {adapter}or mix general text into data.train with a weight below 1"
     )
     return {"code": CODE, "message": message, "step": step, "rise": found, "limit": limit}
+
+
+def worse_than_base(step: int, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any] | None:
+    """What to say where the validation loss ended above that of the untrained base, on the same rows; else None."""
+    first, now = before.get(_VALIDATION), after.get(_VALIDATION)
+    if first is None or now is None or now <= first:
+        return None
+    message = (
+        f"after step {step} the validation loss is {now:.4f}, and the base before training had {first:.4f}: the result "
+        "is worse than the base on held-out rows; lower train.learning_rate, or look at the rows (launcher data show)"
+    )
+    return {"code": WORSE, "message": message, "step": step}

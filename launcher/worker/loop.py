@@ -188,6 +188,8 @@ class Loop:
     pace: Paces | None = None
     """None: nobody to compare with."""
     retention_max_rise: float | None = None
+    method: str = "full"
+    """For what is said when the base is forgotten."""
     """Relative rise of the retention perplexity past which to warn."""
     memory: Memory = field(default_factory=Memory)
     _saved_s: float = field(default_factory=time.monotonic)
@@ -327,7 +329,9 @@ class Loop:
     def _warn_of_forgetting(self) -> None:
         """Once each time the retention loss passes its limit."""
         memory, limit = self.memory, self.retention_max_rise
-        found = forgetting.warning(memory.step, memory.before, memory.after, limit) if limit is not None else None
+        found = None
+        if limit is not None:
+            found = forgetting.warning(memory.step, memory.before, memory.after, limit, method=self.method)
         if found and not memory.forgetting:
             self.progress.say(f"warning: {found['message']}")
             self.tracker.event("warning", **found)

@@ -169,6 +169,7 @@ class Rank:
             progress=self.progress,
             stop=self.stop,
             retention_max_rise=self.recipe.data.retention_max_rise,
+            method=self.candidate.method,
         )
 
     def _retention(self, engine: Engine) -> Any:

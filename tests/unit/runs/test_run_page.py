@@ -136,3 +136,12 @@ def test_long_curves_are_thinned_to_what_can_be_seen() -> None:
     assert len(thin) <= 402
     assert thin[-1] == points[-1]
     assert all(abs(value - 3.0) < 0.1 for _, value in thin[:-1])
+
+
+def test_ticks_are_round_in_the_unit_of_their_labels() -> None:
+    """Half a GiB, not 0.93 of one."""
+    points = [(1, 0.9 * 2**30), (2, 1.6 * 2**30)]
+    line = Line(kind="memory", label="memory", points=points)
+    found = chart("m", "M", [line], lambda value: f"{value / 2**30:g}", from_zero=True, unit=2**30)
+    assert found is not None
+    assert [tick.label for tick in found.drawings[0].y_ticks] == ["0", "0.5", "1", "1.5"]

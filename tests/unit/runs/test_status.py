@@ -400,6 +400,20 @@ def test_the_table_and_the_block_show_the_run(run: RunFolder, fake_slurm: FakeSl
     assert now.to_json()["schema"] == 1 and now.to_json()["nodes"] == "node[1-2]"
 
 
+@pytest.mark.parametrize("width", [80, 110, 160, 4000])
+def test_long_words_leave_the_numbers_whole(run: RunFolder, fake_slurm: FakeSlurm, width: int) -> None:
+    """On any terminal: a warning of three lines is no reason to cut a name; where it has no room it follows."""
+    warning = "the loss rose " + "and rose " * 30 + "past its limit: lower the learning rate"
+    write_json(run.heartbeat, {"time_s": time.time(), "step": 120, "total_steps": 120})
+    write_json(run.result, {"step": 120, "warnings": [{"message": warning}]})
+    now, text = status.run_status(run), io.StringIO()
+    print_status([now, now], one=False, console=Console(file=text, width=width))
+    first = text.getvalue().splitlines()[1]
+    assert first.startswith(run.run_id) and now.state in first and "120/120" in first
+    shown = " ".join(text.getvalue().split())
+    assert shown.count("past") == 2 and "learning rate" not in shown
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "-"), (45, "45s"), (720, "12m"), (11_100, "3h05m"), (187_200, "2d04h")]
 )

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from launcher.recipe.schema import DataSection
-from launcher.worker.forgetting import rise, warning
+from launcher.worker.forgetting import rise, warning, worse_than_base
 
 
 def test_the_rise_is_that_of_the_perplexity_whatever_the_entropy() -> None:
@@ -29,6 +29,22 @@ def test_it_warns_past_the_limit_and_not_at_it() -> None:
     assert (found["code"], found["step"], found["limit"]) == ("retention", 10, limit)
     assert "from 2.0000 to 2.5000, its perplexity by 65% (the limit is 22%)" in found["message"]
     assert "lower train.learning_rate" in found["message"]
+    assert "an adapter instead" in found["message"]
+
+
+def test_nobody_who_trains_an_adapter_is_told_to_train_one() -> None:
+    """What helps depends on what was done."""
+    found = warning(10, {"retention": 2.0}, {"retention": 2.5}, 0.2, method="lora")
+    assert found is not None and "an adapter instead" not in found["message"]
+
+
+def test_a_result_that_is_worse_than_the_base_says_so() -> None:
+    """Equal is not worse; without held-out rows nobody knows."""
+    assert worse_than_base(9, {"validation": 2.0}, {"validation": 2.0}) is None
+    assert worse_than_base(9, {}, {"validation": 2.0}) is None
+    found = worse_than_base(9, {"validation": 2.0}, {"validation": 2.1})
+    assert found is not None and (found["code"], found["step"]) == ("worse-than-base", 9)
+    assert "2.1000" in found["message"] and "2.0000" in found["message"]
 
 
 def test_the_default_limit_lies_between_what_was_measured_gently_and_roughly() -> None:
