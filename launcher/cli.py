@@ -349,14 +349,20 @@ def logs(run: str, follow: bool, rank: int, parent: Path | None) -> None:
 
 
 @main.command()
-@run_argument
+@click.argument("run", metavar="RUN|TRIAL", shell_complete=complete_run)
 @click.option("--dry-run", is_flag=True, help="Say what would be cancelled; touch nothing.")
 @runs_option
 def cancel(run: str, dry_run: bool, parent: Path | None) -> None:
-    """End a run, pending or running; checkpoints stay."""
+    """End a run, or a trial with all its runs, pending or running; checkpoints stay."""
     from launcher.runs import status as runs
+    from launcher.runs.trial_folder import Trial, find_run_or_trial
 
-    folder = runs.find_run(run, parent)
+    folder = find_run_or_trial(run, parent)
+    if isinstance(folder, Trial):
+        from launcher.verbs.trial import cancel_trial
+
+        cancel_trial(folder, dry_run=dry_run)
+        return
     if dry_run:
         state = runs.run_status(folder)
         click.echo(f"would cancel {folder.run_id} (job {state.job_id}, {state.state})")

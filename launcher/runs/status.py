@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ def find_run(name_or_path: str, parent: Path | None = None) -> RunFolder:
         RecipeError: none or several; names what comes nearest.
     """
     path = Path(name_or_path).expanduser()
-    if _is_run(path):
+    if is_run(path):
         return RunFolder(path.resolve())
     folder = runs_folder(parent)
-    names = [run.run_id for run in _runs_in(folder)]
+    names = names_of_runs(parent)
     matching = [name for name in names if name == name_or_path] or [n for n in names if n.startswith(name_or_path)]
     if len(matching) == 1:
         return RunFolder((folder / matching[0]).resolve())
@@ -95,13 +95,19 @@ def find_run(name_or_path: str, parent: Path | None = None) -> RunFolder:
     raise RecipeError(f"no run {name_or_path!r} in {folder}; {hint}")
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
     return (path / "recipe.yaml").is_file() and (path / "plan.json").is_file()
+
+
+def names_of_runs(parent: Path | None = None) -> list[str]:
+    """Names of the runs of a folder, newest first."""
+    return [run.run_id for run in _runs_in(runs_folder(parent))]
 
 
 def _runs_in(folder: Path) -> list[RunFolder]:
     """Runs of a folder, newest first."""
-    found = [path for path in folder.glob("[!.]*") if _is_run(path)] if folder.is_dir() else []
+    found = [path for path in folder.glob("[!.]*") if is_run(path)] if folder.is_dir() else []
     return [RunFolder(path.resolve()) for path in sorted(found, key=lambda one: one.stat().st_ctime, reverse=True)]
 
 
@@ -110,19 +116,20 @@ def _runs_in(folder: Path) -> list[RunFolder]:
 
 def run_status(run: RunFolder, *, locked: bool = False) -> RunStatus:
     """The state of one run now; Slurm being down is a state, not an error. `locked`: the caller holds its lock."""
-    return _statuses([run], locked=locked)[0]
+    return statuses([run], locked=locked)[0]
 
 
 def list_runs(parent: Path | None = None) -> list[RunStatus]:
     """The state of every run in the folder, newest first, with one question to Slurm for all."""
-    return _statuses(sorted(_runs_in(runs_folder(parent)), key=lambda run: -_submitted_s(run)))
+    return statuses(sorted(_runs_in(runs_folder(parent)), key=lambda run: -_submitted_s(run)))
 
 
 def _submitted_s(run: RunFolder) -> float:
     return run.recipe.stat().st_mtime
 
 
-def _statuses(runs: list[RunFolder], *, locked: bool = False) -> list[RunStatus]:
+def statuses(runs: Sequence[RunFolder], *, locked: bool = False) -> list[RunStatus]:
+    """The state of these runs, in their order, with one question to Slurm for all; `locked` as in `run_status`."""
     evidence = [read_evidence(run) for run in runs]
     jobs: Mapping[str, SlurmJob] = {}
     unreachable: str | None = None

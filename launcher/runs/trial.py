@@ -30,6 +30,7 @@ from launcher.runs.sending import Say
 from launcher.runs.status import cancel, run_status, runs_folder
 from launcher.runs.submission import job_request, submit
 from launcher.runs.trial_candidates import Candidate, Planner, Spec
+from launcher.runs.trial_ending import halt_if_cancelled
 from launcher.runs.trial_folder import Confirms, Task, Trial
 from launcher.runs.trial_rungs import most_hours, rung_steps
 from launcher.runs.trial_scores import failure_of, reached
@@ -237,14 +238,17 @@ def advance(trial: Trial, say: Say, *, by_hand: bool = True, wait: bool = True) 
     """Take a trial as far as it goes now, and say how far that is.
 
     Here: until it ends. On a cluster: until its next array is sent, with `wait` until it ends. `by_hand`: a person
-    asks, so runs that were ended by hand are started again.
+    asks, so what was ended by hand, runs or the trial itself, is started again.
 
     Raises:
         ConflictError: somebody else takes this trial on just now.
-        JobFailedError: every candidate failed, or a run ended and nobody knows whether it should go on.
+        JobFailedError: every candidate failed, a run ended and nobody knows whether it should go on, or a person
+            has ended the trial.
         LauncherError: what a submission may raise.
     """
     with working_folder(trial), hold(trial.folder, "trial"):
+        if by_hand and trial.cancelled:
+            trial.folder.record("taken_on")
         if trial.executor == "local":
             return _here(trial, say)
         from launcher.runs.trial_array import advance_on_cluster
@@ -256,6 +260,7 @@ def _here(trial: Trial, say: Say) -> Standing:
     """One run after the other, rung by rung."""
     while not (standing := stand(trial)).finished:
         remember(trial, standing)
+        halt_if_cancelled(trial)
         task = standing.todo[0]
         make_runs(trial, [task], say)
         run = trial.run_of(task)
@@ -275,6 +280,7 @@ def _run_here(trial: Trial, task: Task, run: RunFolder, rung: int, say: Say) -> 
     step, started = trial.steps(task.candidate, rung), False
     try:
         while True:
+            halt_if_cancelled(trial)
             status = run_status(run)
             if not status.ended and status.state != "NOT_SUBMITTED":
                 time.sleep(_POLL_S)

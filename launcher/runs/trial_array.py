@@ -27,9 +27,11 @@ from launcher.runs.resume import Resumed, resume
 from launcher.runs.sbatch import setup_lines
 from launcher.runs.sending import MaybeSubmittedError, Say, clean_environment, send_to_slurm
 from launcher.runs.slurm import find_named
-from launcher.runs.status import run_status
+from launcher.runs.state import read_evidence
+from launcher.runs.status import run_status, statuses
 from launcher.runs.submission import remember as remember_job
 from launcher.runs.trial import first_request, is_last, make_runs, remember, set_pause, settle
+from launcher.runs.trial_ending import halt_if_cancelled
 from launcher.runs.trial_folder import Task, Trial
 from launcher.runs.trial_scores import failure_of, reached
 from launcher.runs.trial_standing import Standing, stand
@@ -38,6 +40,8 @@ from launcher.runs.variables import leave_secrets, private_files
 _POLL_S = 3.0
 _FILES_LAG_S = 15.0
 """A shared file system may show a run's last lines a moment after Slurm shows the end of its job."""
+_LEAVE_S = 120.0
+"""Slurm kills what does not leave after KillWait (30 s), and then runs the site's epilog."""
 _NEXT_TIME_MIN = 30
 _NEXT_DELAY_S = 60
 """A job that found others still at work looks again no sooner than this."""
@@ -59,8 +63,11 @@ def advance_on_cluster(trial: Trial, say: Say, *, by_hand: bool, wait: bool) -> 
     waited = False
     while not (standing := stand(trial)).finished:
         remember(trial, standing)
+        halt_if_cancelled(trial)
         _adopt(trial, say)
         make_runs(trial, standing.todo, say)
+        if by_hand:
+            _let_leave(trial, standing.todo, say)
         rung = _look(trial, standing, by_hand=by_hand)
         if rung is None:
             continue
@@ -68,6 +75,7 @@ def advance_on_cluster(trial: Trial, say: Say, *, by_hand: bool, wait: bool) -> 
         by_hand = False
         if not wait:
             _send_next(trial, [*rung.living, *sent], standing.todo, say, again=not sent)
+            halt_if_cancelled(trial)
             return standing
         if sent or not waited:
             say(f"waiting for {len(standing.todo)} runs of rung {standing.rung + 1}")
@@ -77,6 +85,23 @@ def advance_on_cluster(trial: Trial, say: Say, *, by_hand: bool, wait: bool) -> 
 
 
 # ---------------------------------------------------------------- where a rung stands
+
+
+def _let_leave(trial: Trial, tasks: Sequence[Task], say: Say) -> None:
+    """Wait for jobs that a person has cancelled and Slurm is still ending: what goes on is sent anew, not waited for.
+
+    Raises:
+        TemporaryError: they do not leave.
+    """
+    until, said = time.monotonic() + _LEAVE_S, False
+    runs = [run for run in (_run(trial, task) for task in tasks) if read_evidence(run).cancelled]
+    while leaving := [one.run for one in statuses(runs) if not one.ended]:
+        if time.monotonic() > until:
+            raise TemporaryError(f"was cancelled, and Slurm is still ending it: {', '.join(leaving)}; try again")
+        if not said:
+            say(f"waiting for {len(leaving)} cancelled runs to leave")
+        said = True
+        time.sleep(_POLL_S)
 
 
 def _look(trial: Trial, standing: Standing, *, by_hand: bool) -> _Rung | None:
@@ -106,7 +131,7 @@ def _look(trial: Trial, standing: Standing, *, by_hand: bool) -> _Rung | None:
 
 def _arrived(trial: Trial, task: Task, run: RunFolder, rung: int) -> bool:
     """Whether the run has reached its rung after all, once the file system shows it."""
-    until = time.monotonic() + _FILES_LAG_S
+    until = time.monotonic() + (0.0 if read_evidence(run).cancelled else _FILES_LAG_S)
     step, last = trial.steps(task.candidate, rung), is_last(trial, rung)
     while not (there := reached(run, step, last=last)) and time.monotonic() < until:
         time.sleep(0.5)
@@ -218,8 +243,7 @@ def _adopt(trial: Trial, say: Say) -> None:
     Raises:
         TemporaryError: it cannot be told yet.
     """
-    folder = trial.path / "arrays"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in trial.arrays():
         array = RunFolder(path)
         line = open_submission(ledger(array))
         if line is None:
@@ -260,7 +284,6 @@ def _send_next(trial: Trial, jobs: Sequence[str], tasks: Sequence[Task], say: Sa
 def sent_request(trial: Trial, task: Task) -> JobRequest:
     """The request of a task's run, as it was sent."""
     from launcher.runs.requeue import stored_request
-    from launcher.runs.state import read_evidence
 
     request = stored_request(read_evidence(_run(trial, task)).job)
     if request is None:

@@ -6,7 +6,6 @@ follows from the runs' own losses, each time anew.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,13 +15,14 @@ from typing import Any
 
 from launcher.errors import ConflictError, RecipeError
 from launcher.runs.folder import RunFolder, read_json_lines, write_atomic, write_json
-from launcher.runs.status import runs_folder
+from launcher.runs.status import find_run, is_run, names_of_runs, runs_folder
 from launcher.runs.trial_candidates import Candidate
 from launcher.runs.trial_rungs import rung_steps
 from launcher.runs.variables import private_files
 
 SCHEMA = 1
 _FOLDER = ".trials"
+_TURNS = ("cancelled", "taken_on")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +111,21 @@ class Trial:
         """A run per candidate and seed."""
         return [Task(candidate=name, seed=seed) for name in names for seed in self.seeds]
 
+    def made(self) -> list[RunFolder]:
+        """The runs that it has so far, in the order in which they were made."""
+        return [RunFolder((self.runs / str(event["run"])).resolve()) for event in self._events("run")]
+
+    def arrays(self) -> list[Path]:
+        """Folders of the arrays that were sent, in any order; none on this machine."""
+        folder = self.path / "arrays"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether a person has ended it, and nobody has taken it on since."""
+        said = [event["event"] for event in read_json_lines(self.folder.attempts) if event.get("event") in _TURNS]
+        return said[-1:] == ["cancelled"]
+
     def run_of(self, task: Task) -> RunFolder | None:
         """Its run; None while it has none."""
         for event in self._events("run"):
@@ -190,8 +205,17 @@ def find_trial(name_or_path: str, parent: Path | None = None) -> Trial | None:
     return read_trial(matching[0]) if len(matching) == 1 and not Path(name_or_path).is_file() else None
 
 
-def nearest_trial(name: str, parent: Path | None = None) -> str | None:
-    """The trial whose name comes closest, for a message."""
-    names = [path.parent.name for path in (runs_folder(parent) / _FOLDER).glob("*/trial.json")]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return close[0] if close else None
+def find_run_or_trial(name_or_path: str, parent: Path | None = None) -> RunFolder | Trial:
+    """What a word on the command line means where it may be either: an exact name first, then the beginning of one.
+
+    Raises:
+        RecipeError: none, or several.
+    """
+    path, trial = Path(name_or_path).expanduser(), find_trial(name_or_path, parent)
+    runs = [name for name in names_of_runs(parent) if name.startswith(name_or_path)]
+    if trial is None or name_or_path in runs or is_run(path):
+        return find_run(name_or_path, parent)
+    if runs and name_or_path != trial.name and not (path / "trial.json").is_file():
+        names = ", ".join([trial.name, *runs[:4]])
+        raise RecipeError(f"{name_or_path!r} is the beginning of a trial and of {len(runs)} runs: {names}")
+    return trial

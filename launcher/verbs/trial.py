@@ -189,3 +189,21 @@ def _say_next(found: Trial, standing: Standing, pick: Path | None) -> None:
         click.echo(f"Next: launcher trial {found.name} --pick FILE", err=True)
     else:
         click.echo(f"Next: launcher trial {found.name}", err=True)
+
+
+def cancel_trial(found: Trial, *, dry_run: bool) -> None:
+    """`launcher cancel` of a trial."""
+    from launcher.runs import trial_ending
+    from launcher.runs.trial_standing import stand
+
+    if stand(found).finished:
+        click.echo(f"{found.name} has ended already; nothing to cancel")
+        return
+    jobs = trial_ending.living(found) if dry_run else trial_ending.cancel(found)
+    for job in jobs:
+        click.echo(f"{'would cancel' if dry_run else 'cancelled'} {job}")
+    if dry_run:
+        click.echo(f"would cancel trial {found.name}: {len(jobs)} jobs; checkpoints stay")
+        return
+    click.echo(f"cancelled trial {found.name}: {len(jobs)} jobs; checkpoints stay")
+    click.echo(f"Next: launcher trial {found.name} goes on with it", err=True)

@@ -16,6 +16,7 @@ import pytest
 
 from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.runs.folder import RunFolder, read_json_lines
+from launcher.runs.status import run_status
 from launcher.runs.trial_folder import Trial, find_trial
 from launcher.runs.trial_scores import score
 from launcher.runs.trial_standing import stand
@@ -50,20 +51,20 @@ class User:
         text = recipe_to_yaml(recipe).replace("retention: null", f"retention: {{path: {home / 'other.jsonl'}}}")
         (home / "tiny.yaml").write_text(text, encoding="utf-8")
 
-    def start(self, *words: str, **environ: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, verb: str = "trial", **environ: str) -> subprocess.Popen[str]:
         """`launcher trial ...`, running."""
         settings = {"OMP_NUM_THREADS": "1", "LAUNCHER_RUNS": str(self.home / "runs"), **environ}
         unset = {"LAUNCHER_FAULT", "LAUNCHER_CACHE", "LAUNCHER_SITE"} - set(environ)
         top = str(Path(__file__).parents[2])
         return subprocess.Popen(
-            [sys.executable, "-m", "launcher.cli", "trial", *words],
+            [sys.executable, "-m", "launcher.cli", verb, *words],
             env={key: value for key, value in os.environ.items() if key not in unset} | settings | {"PYTHONPATH": top},
             cwd=self.home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def trial(self, *words: str, code: int = 0, **environ: str) -> str:
+    def trial(self, *words: str, code: int = 0, verb: str = "trial", **environ: str) -> str:
         """`launcher trial ...` to its end; what it printed."""
-        asked = self.start(*words, **environ)
+        asked = self.start(*words, verb=verb, **environ)
         out, err = asked.communicate(timeout=LIMIT_S)
         assert asked.returncode == code, out + err
         return out
@@ -188,6 +189,25 @@ def test_a_trial_that_was_interrupted_says_so_and_goes_on(user: User, undisturbe
     trial = user.trials()[-1]
     assert asked.returncode == 130
     assert f"go on with: launcher trial {trial.name}" in err
+    user.trial(trial.name)
+    assert quality(trial) == quality(undisturbed)
+
+
+def test_a_trial_is_cancelled_as_a_whole_and_goes_on(user: User, undisturbed: Trial) -> None:
+    """The launcher that waits for it says so and starts nothing more; the same name takes it to the same table."""
+    before = len(user.trials())
+    asked = user.start("tiny.yaml", *candidates(*CANDIDATES), *RUNGS)
+    until(lambda: len(user.trials()) > before and ledgers(user.trials()[-1], "started"), "the first run")
+    trial = user.trials()[-1]
+    [run] = trial.made()
+    assert f"would cancel job {run_status(run).job_id} ({run.run_id}" in user.trial(
+        trial.name, "--dry-run", verb="cancel"
+    )
+    assert f"cancelled trial {trial.name}: 1 jobs" in user.trial(trial.name, verb="cancel")
+    _, err = asked.communicate(timeout=LIMIT_S)
+    assert asked.returncode == 8
+    assert f"{trial.name} was cancelled; go on with: launcher trial {trial.name}" in err
+    assert trial.made() == [run] and run_status(run).state == "CANCELLED"
     user.trial(trial.name)
     assert quality(trial) == quality(undisturbed)
 

@@ -10,10 +10,11 @@ import pytest
 
 from launcher.errors import ClusterError, JobFailedError, TemporaryError
 from launcher.recipe.load import load_recipe, recipe_to_yaml
-from launcher.runs import trial
+from launcher.runs import trial, trial_ending
 from launcher.runs.folder import RunFolder, append_json_line, read_json_lines
 from launcher.runs.sending import silent
 from launcher.runs.slurm import find_jobs
+from launcher.runs.state import read_evidence
 from launcher.runs.train_job import run_of_task
 from launcher.runs.trial_array import next_script, sent_request
 from launcher.runs.trial_candidates import parse_specs
@@ -279,3 +280,87 @@ def test_accounting_is_asked_for_tasks_by_their_own_name(cluster: FakeSlurm) -> 
     cluster.say("sacct", "42_1|COMPLETED|0:0|n1|0\n")
     assert find_jobs(["42_1"])["42_1"].state == "COMPLETED"
     assert any("--format=JobID,State,ExitCode,NodeList,Restarts" in words for words in cluster.calls("sacct"))
+
+
+# ---------------------------------------------------------------- ended by a person
+
+
+def alive(cluster: FakeSlurm, made: Trial, *tasks: int, next_job: str | None = "PENDING") -> None:
+    """What squeue knows by names: these tasks of the first array, and the job that waits for it."""
+    [array] = arrays(made)
+    lines = [f"{array.run_id}|42_{task}|RUNNING|n1|N/A|None|{42 + task}" for task in tasks]
+    lines += [f"{made.name}-next|43|{next_job}||N/A|Dependency|43"] if next_job else []
+    cluster.say("squeue", "".join(f"{line}\n" for line in lines))
+
+
+def test_cancelling_a_trial_ends_who_would_send_more_and_then_the_rest(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """Task by task, as each one's run is told; a dry run tells the same and ends nothing."""
+    made = make_trial(tmp_path)
+    go_on(made)
+    alive(cluster, made, 0, 2, 3)
+    named = [str(each) for each in trial_ending.living(made)]
+    assert named[:2] == [
+        f"job 43 ({made.name}-next, PENDING)",
+        f"job 42_0 ({run_of(made, 'a').run_id}, RUNNING)",
+    ]
+    assert not cluster.calls("scancel") and not made.cancelled
+    assert len(trial_ending.cancel(made)) == 4
+    assert cluster.calls("scancel") == [["43"], ["42_0"], ["42_2"], ["42_3"]]
+    assert [read_evidence(run_of(made, name)).cancelled for name in "abcd"] == [True, False, True, True]
+
+
+def test_a_cancelled_trial_goes_on_when_a_person_says_so(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """Not by the job that waited for the array, should it come after all."""
+    made = make_trial(tmp_path)
+    go_on(made)
+    reach(made, 0, a=3.0, b=1.0, c=4.0)
+    alive(cluster, made, 3, next_job=None)
+    trial_ending.cancel(made)
+    cluster.say("squeue")
+    with pytest.raises(JobFailedError, match=f"{made.name} was cancelled; go on with: launcher trial {made.name}"):
+        go_on(made, by_hand=False)
+    assert len(scripts(cluster)) == 1
+    cluster.say("sbatch", "Submitted batch job 50\n")
+    cluster.say("sacct", "42_3|CANCELLED|0:0|n1|0\n")
+    go_on(made)
+    assert "#SBATCH --array=0-0\n" in scripts(cluster)[-1]
+    assert not made.cancelled
+
+
+def test_what_is_sent_while_a_trial_is_cancelled_is_ended_by_its_sender(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """Who cancels looks for jobs that are not there yet: the word in the ledger is seen after the answer."""
+    made = make_trial(tmp_path)
+
+    def say(words: str) -> None:
+        if "as job array 42" in words:
+            made.folder.record("cancelled")
+            alive(cluster, made, 0, 1, 2, 3, next_job=None)
+
+    with pytest.raises(JobFailedError, match="was cancelled"):
+        trial.advance(made, say, wait=False)
+    assert cluster.calls("scancel") == [["42_0"], ["42_1"], ["42_2"], ["42_3"]]
+
+
+def test_a_trial_is_cancelled_even_where_slurm_does_not_answer(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """Nothing more is sent; for what runs, the same command again."""
+    made = make_trial(tmp_path)
+    go_on(made)
+    cluster.say("squeue", stderr="slurm_load_jobs error: Unable to contact slurm controller", status=1)
+    with pytest.raises(TemporaryError, match=f"for what runs: launcher cancel {made.name}"):
+        trial_ending.cancel(made)
+    assert made.cancelled
+
+
+def test_a_job_that_is_being_ended_is_not_taken_for_one_that_runs(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on sends the run anew, which can be done when the old job has left."""
+    monkeypatch.setattr("launcher.runs.trial_array._LEAVE_S", 0.0)
+    made = make_trial(tmp_path)
+    go_on(made)
+    alive(cluster, made, 1, next_job=None)
+    trial_ending.cancel(made)
+    queue(cluster, 1, state="COMPLETING")
+    with pytest.raises(TemporaryError, match=run_of(made, "b").run_id):
+        go_on(made)
+    assert len(scripts(cluster)) == 1

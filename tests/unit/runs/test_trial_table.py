@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConflictError, JobFailedError
+from launcher.errors import ConflictError, JobFailedError, RecipeError
 from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.report.trial import verdict
 from launcher.runs import trial_folder
@@ -51,6 +51,19 @@ def test_a_trial_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     for word in (trial.name, trial.name[:-2], str(trial.path)):
         assert trial_folder.find_trial(word, tmp_path / "runs") == trial
     assert trial_folder.find_trial("tiny.yaml", tmp_path / "runs") is None
+
+
+def test_a_word_means_a_run_or_a_trial(tmp_path: Path) -> None:
+    """Exact names first; a beginning that both have means neither."""
+    trial = make_trial(tmp_path)
+    run = give_run(trial, "tiny-a")
+    meant = lambda word: trial_folder.find_run_or_trial(word, tmp_path / "runs")  # noqa: E731
+    assert [meant(word) for word in (trial.name, str(trial.path), trial.name[:-1])] == [trial] * 3
+    assert [meant(word) for word in (run.run_id, str(run.path), "tiny-a-")] == [run] * 3
+    with pytest.raises(RecipeError, match="beginning of a trial and of 1 runs"):
+        meant("tiny")
+    with pytest.raises(RecipeError, match="no run"):
+        meant("other")
 
 
 def test_every_run_is_taken_to_a_rung_before_anybody_to_the_next(tmp_path: Path) -> None:
