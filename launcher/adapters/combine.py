@@ -53,7 +53,7 @@ def combine(request: dict[str, Any]) -> dict[str, Any]:
             for one, weight in zip(parents, request["weights"], strict=True)
         ],
     }
-    write_derived(target, factors, parents=parents, made=made)
+    write_derived(target, factors, parents=parents, made=made, name=request.get("name"))
     ranks = {one.a.shape[0] for one in factors.values()}
     return {"path": str(target), "made": made_in_words(made), "modules": len(factors), "rank": max(ranks),
             "notices": _notices(parents)}  # fmt: skip

@@ -65,11 +65,13 @@ def write_derived(
     *,
     parents: list[AdapterFacts],
     made: Mapping[str, Any],
+    name: str | None = None,
     before_rename: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `factors`, their scaling folded in, as an adapter folder; `made` says how, for lineage and card.
 
     Tokenizer and template are the first parent's. `before_rename` looks at the complete folder and may refuse it.
+    `name`: what the adapter is called; None: as the folder.
 
     Raises:
         ConflictError: the target exists.
@@ -79,7 +81,7 @@ def write_derived(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(temporary, target.name, factors, parents, made)
+        _write(temporary, name or target.name, factors, parents, made)
         if before_rename is not None:
             before_rename(temporary)
         open_up(temporary)

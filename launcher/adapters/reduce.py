@@ -48,7 +48,7 @@ def reduce(request: dict[str, Any]) -> dict[str, Any]:
 
     target = Path(request["target"])
     write_derived(target, {module: one for module, (one, *_) in cuts.items()}, parents=[parent], made=made,
-                  before_rename=compare)  # fmt: skip
+                  name=request.get("name"), before_rename=compare)  # fmt: skip
     lost = {module: (error / whole) ** 0.5 if whole else 0.0 for module, (_, error, whole) in cuts.items()}
     total = sum(whole for *_, whole in cuts.values())
     overall = (sum(error for _, error, _ in cuts.values()) / total) ** 0.5 if total else 0.0

@@ -9,20 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConflictError, JobFailedError, ModelError, RecipeError, raise_all
+from launcher.errors import ConflictError, JobFailedError, LauncherError, ModelError, RecipeError, raise_all
 from launcher.facts.adapters import not_combinable, not_plain_lora, read_adapter_facts
 from launcher.facts.train_environment import ask, train_python
 from launcher.recipe.load import load_recipe
+from launcher.runs import named
 from launcher.runs.folder import RunFolder
-from launcher.runs.registry import run_of
-from launcher.runs.status import find_run
+from launcher.runs.registry import find
+from launcher.runs.status import find_run, runs_folder
 
 MODULE = "launcher.adapters.job"
 _TIMEOUT_S = 12 * 3600.0
 
 
 def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None]:
-    """The adapter folder a user means: an adapter folder, or a run that has one, by its name or its adapter's tag.
+    """The adapter folder a user means: an adapter folder, a run that has one, or an adapter's name or tag.
 
     Raises:
         RecipeError: neither, or a run of full fine-tuning, which has a model and no adapter.
@@ -31,7 +32,9 @@ def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
         return path.resolve(), None
-    run = find_run(run_of(name, parent), parent)
+    run = find(name, parent)
+    if isinstance(run, Path):
+        return run, None
     if (run.adapter / "adapter_config.json").is_file():
         return run.adapter, run
     if run.model.is_dir():
@@ -40,7 +43,7 @@ def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None
 
 
 def artifact_folder(name: str, parent: Path | None) -> Path:
-    """The folder that a name means: one on disk, or the adapter (of full fine-tuning: the model) of a run or tag.
+    """The folder that a name means: one on disk, an adapter's, or (of a run of full fine-tuning) the model's.
 
     Raises:
         RecipeError, JobFailedError: there is none.
@@ -48,8 +51,8 @@ def artifact_folder(name: str, parent: Path | None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "plan.json").is_file():
         return path.resolve()
-    run = find_run(run_of(name, parent), parent)
-    return run.model if run.model.is_dir() else find_adapter(name, parent)[0]
+    run = find(name, parent)
+    return run.model if isinstance(run, RunFolder) and run.model.is_dir() else find_adapter(name, parent)[0]
 
 
 def merge_request(
@@ -132,7 +135,7 @@ def export_request(
         "base": str(folder) if folder else None,
         "target": str(target.resolve()),
         "engine": engine,
-        "name": served_name or (run.run_id if run else adapter.name),
+        "name": served_name or (run.run_id if run else named.name_of(runs_folder(parent), adapter) or adapter.name),
         "trust_base": trust_base,
     }
 
@@ -143,7 +146,8 @@ def combine_request(
     *,
     weights: Sequence[float],
     how: str,
-    target: Path,
+    name: str | None = None,
+    target: Path | None = None,
     density: float | None = None,
     majority: str = "total",
     rank: int | None = None,
@@ -154,9 +158,9 @@ def combine_request(
 
     Raises:
         RecipeError: fewer than two adapters, settings that the way does not take, or adapters that do not go together.
-        JobFailedError: a run has no adapter yet. ConflictError: the target exists.
+        JobFailedError: a run has no adapter yet. ConflictError: the target exists, or the name is something else's.
     """
-    folders = [find_adapter(name, parent)[0] for name in names]
+    folders = [find_adapter(one, parent)[0] for one in names]
     facts = [read_adapter_facts(folder) for folder in folders]
     raise_all(
         RecipeError,
@@ -165,7 +169,6 @@ def combine_request(
             *not_combinable(facts, how, trust_base=trust_base),
         ],
     )
-    _free(target)
     return {
         "ask": "combine",
         "adapters": [str(folder) for folder in folders],
@@ -176,7 +179,7 @@ def combine_request(
         "rank": rank,
         "seed": seed,
         "trust_base": trust_base,
-        "target": str(target.expanduser().resolve()),
+        **_place(parent, name, target),
     }
 
 
@@ -201,11 +204,12 @@ def _combine_settings(
 
 
 def reduce_request(
-    name: str,
+    adapter: str,
     parent: Path | None,
     *,
     rank: int,
-    target: Path,
+    name: str | None = None,
+    target: Path | None = None,
     prove: bool = False,
     base: Path | None = None,
     trust_base: bool = False,
@@ -214,37 +218,65 @@ def reduce_request(
 
     Raises:
         RecipeError: no adapter that can be reduced to `rank`. JobFailedError: the run has none yet.
-        ModelError: the base is not here. ConflictError: the target exists.
+        ModelError: the base is not here. ConflictError: the target exists, or the name is something else's.
     """
-    folder, _ = find_adapter(name, parent)
+    folder, _ = find_adapter(adapter, parent)
     facts = read_adapter_facts(folder)
     problems = not_plain_lora(facts)
     if rank >= facts.rank and not problems:
         problems.append(f"--rank: {rank} is no reduction, {facts.name} has rank {facts.rank}; ask for less")
     raise_all(RecipeError, problems)
-    _free(target)
     return {
         "ask": "reduce",
         "adapter": str(folder),
         "rank": rank,
         "base": str(base_folder(folder, base)) if prove or base else None,
         "trust_base": trust_base,
-        "target": str(target.expanduser().resolve()),
+        **_place(parent, name, target),
     }
 
 
-def _free(target: Path) -> None:
-    if target.expanduser().exists():
-        raise ConflictError(f"{target} exists already; name another folder with --to, or move it away")
+def _place(parent: Path | None, name: str | None, target: Path | None) -> dict[str, Any]:
+    """What an adapter that will be made is called, where it is written, and the folder of runs that lists it, if any.
+
+    Raises:
+        RecipeError: neither name nor folder is given, or no folder of runs for a name alone.
+        ConflictError: the name or the folder is there already.
+    """
+    runs = runs_folder(parent)
+    listed = runs.is_dir()
+    if name is None and target is None:
+        raise RecipeError("say what it is to be called with --name NAME, or which folder to write with --to DIR")
+    if target is None and not listed:
+        raise RecipeError(f"{runs}: there is no folder of runs for --name; name one with --runs, or a folder with --to")
+    if name is not None:
+        named.refuse_taken(runs, name)
+    folder = target.expanduser().resolve() if target is not None else named.place_of(runs, str(name))
+    if folder.exists():
+        raise ConflictError(f"{target or folder} exists already; name another folder with --to, or move it away")
+    called = name or named.free_name(runs, folder.name)
+    return {"name": called, "target": str(folder), "runs": str(runs.resolve()) if listed else None}
 
 
 def derive(request: dict[str, Any]) -> dict[str, Any]:
-    """Combine or reduce; returns where the adapter is and what is known of it.
+    """Combine or reduce; returns where the adapter is, what is known of it and the name it is listed under, if it is.
 
     Raises:
         LauncherError: what the train environment found.
     """
-    return ask(MODULE, request, python=train_python(), verb="adapters", timeout_s=_TIMEOUT_S)
+    runs = Path(request["runs"]) if request["runs"] else None
+    inside = runs is not None and Path(request["target"]) == named.place_of(runs, request["name"])
+    if runs is not None and inside:
+        named.prepare(runs, request["name"])
+    made = ask(MODULE, request, python=train_python(), verb="adapters", timeout_s=_TIMEOUT_S)
+    notices = list(made.get("notices", ()))
+    name: str | None = request["name"] if inside else None
+    if runs is not None and not inside:
+        try:
+            name = named.register(runs, Path(made["path"]), request["name"])
+        except LauncherError as error:
+            notices.append(f"it is not listed: {error}")
+    return {**made, "name": name, "notices": notices}
 
 
 def checkpoint_request(

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ModelError, RecipeError
+from launcher.errors import ModelError, RecipeError, raise_all
 from launcher.facts.formats import Example, read_examples
 from launcher.facts.train_environment import ask, train_python
 from launcher.recipe.schema import DataSource
 from launcher.runs.folder import RunFolder
+from launcher.runs.named import is_adapter
 from launcher.runs.paired import LEAST_ROWS, Pair, all_pairs, winner
-from launcher.runs.registry import run_of
+from launcher.runs.registry import adapter_of, run_of
 from launcher.runs.run_facts import RunFacts, run_facts
 from launcher.runs.status import find_run
 
@@ -184,23 +185,32 @@ def _ask_models(folders: Sequence[RunFolder], runs: Sequence[RunFacts], asked: A
         raise ModelError(*error.problems, "launcher compare --no-model compares the numbers alone") from error
 
 
-def find_adapters(paths: Sequence[Path], runs: Sequence[RunFolder]) -> tuple[Path, ...]:
-    """Folders of adapters to measure beside the runs.
+def part(names: Sequence[str], parent: Path | None) -> tuple[list[str], list[str]]:
+    """Names of runs, and those of adapters that no run trained, which are measured beside them."""
+    beside = [name for name in names if adapter_of(name, parent) is not None]
+    return [name for name in names if name not in beside], beside
+
+
+def find_adapters(names: Sequence[str], runs: Sequence[RunFolder], parent: Path | None = None) -> tuple[Path, ...]:
+    """Folders of adapters to measure beside the runs: folders, or names and tags of adapters that no run trained.
 
     Raises:
-        RecipeError: no adapter folder, or a name that another one has.
+        RecipeError: no adapter, or a folder's name that another one has.
     """
     taken = {BASE, *(run.run_id for run in runs)}
-    problems = []
-    for path in paths:
-        if not (path / "adapter_config.json").is_file():
-            problems.append(f"--adapter: {path} is no adapter folder (no adapter_config.json)")
-        elif path.resolve().name in taken:
-            problems.append(f"--adapter: another one is called {path.resolve().name}; rename the folder")
-        taken.add(path.resolve().name)
-    if problems:
-        raise RecipeError(*problems)
-    return tuple(path.resolve() for path in paths)
+    problems, found = [], []
+    for name in names:
+        path = Path(name).expanduser()
+        folder = path.resolve() if is_adapter(path) else adapter_of(name, parent)
+        if folder is None:
+            problems.append(f"--adapter: {name} is no adapter folder (no adapter_config.json), and no adapter's name")
+            continue
+        if folder.name in taken:
+            problems.append(f"--adapter: another one is called {folder.name}; rename the folder")
+        taken.add(folder.name)
+        found.append(folder)
+    raise_all(RecipeError, problems)
+    return tuple(found)
 
 
 def read_prompts(path: Path) -> list[Example]:

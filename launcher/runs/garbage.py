@@ -6,7 +6,8 @@ Only things inside folders that carry our own marks are ever removed, never thro
 - checkpoints of runs that finished (the result is verified; the adapter or model stays), all but those asked for,
 - run folders whose job never started anything and that are older than a day,
 - rehearsals that failed, were kept or were killed, a day later,
-- copies that `launcher stage` began and nobody went on with for a day.
+- copies that `launcher stage` began and nobody went on with for a day,
+- what a killed combine or reduce left half-made among the adapters, a day later; never an adapter.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from launcher.runs import partial
 from launcher.runs.folder import RunFolder
+from launcher.runs.named import half_made
 from launcher.runs.rehearsal_material import FOLDER as REHEARSALS
 from launcher.runs.rehearsal_material import MARK
 from launcher.runs.state import read_evidence
@@ -48,6 +50,7 @@ def find_garbage(
     now = time.time() if now_s is None else now_s
     staged = cache or Path(os.environ.get("LAUNCHER_CACHE") or parent / ".cache")
     found = [*_caches(parent, now), *_rehearsals(parent, now), *_partial(staged.expanduser(), now)]
+    found += _half_made(parent, now)
     for status in list_runs(parent):
         run = RunFolder(Path(status.path))
         if run.path.parent != parent.resolve() or run.path.is_symlink():
@@ -88,6 +91,12 @@ def _rehearsals(parent: Path, now: float) -> Iterator[Garbage]:
 def _partial(cache: Path, now: float) -> Iterator[Garbage]:
     for path in partial.abandoned(cache, now_s=now, after_s=ABANDONED_S):
         yield _garbage(path, "a staged copy that was never finished; launcher stage begins it anew")
+
+
+def _half_made(parent: Path, now: float) -> Iterator[Garbage]:
+    for path in half_made(parent):
+        if _age_s(path, now) > ABANDONED_S:
+            yield _garbage(path, "an adapter or model whose making was killed")
 
 
 def _garbage(path: Path, why: str) -> Garbage:

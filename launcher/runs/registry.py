@@ -1,31 +1,32 @@
-"""registry: the adapters below a runs folder, with where each comes from and the names people gave them.
+"""registry: the adapters of a folder of runs, with where each comes from and the names people gave them.
 
-There is no database: an adapter is a run folder's `adapter/` whose weights carry their lineage in their own header; a
-tag is a line in `<runs>/.adapters/tags.json`.
+There is no database: an adapter is a run folder's `adapter/`, or one that runs/named.py knows (combined, reduced, of
+another tool); its weights carry their lineage in their own header, and its tags are lines in a file.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConflictError, RecipeError
 from launcher.facts.adapters import CONFIG, LINEAGE, WEIGHTS, made_in_words, read_header
-from launcher.runs.folder import RunFolder, read_json, write_json
-from launcher.runs.lock import hold
+from launcher.runs import named
+from launcher.runs.folder import RunFolder, read_json
 from launcher.runs.status import find_run, runs_folder
-
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One adapter."""
 
-    run: str
+    name: str
+    """What verbs take: the run's name, the adapter's own, or its folder where it has none here."""
+    run: str | None
+    """None: no run here trained it."""
     path: str
     tags: tuple[str, ...]
     method: str | None
@@ -38,16 +39,14 @@ class Entry:
     data_key: str | None
     made: str | None
     """How it was made of other adapters; None: it was trained."""
+    parents: tuple[dict[str, Any], ...]
+    """Name, weight and sha256 of each of those."""
     bytes: int
     step: int | None
     validation_loss: float | None
     retention_loss: float | None
     finished_time_s: float | None
-
-    @property
-    def is_of_run(self) -> bool:
-        """Not a folder that was named by its path."""
-        return Path(self.run).name == self.run
+    """When the run ended; without one, when the weights were written."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -55,55 +54,106 @@ class Entry:
 
 
 def list_adapters(parent: Path | None = None) -> list[Entry]:
-    """Every adapter of finished runs, newest first."""
+    """Every adapter of finished runs, and every one that has a name of its own; newest first."""
     folder = runs_folder(parent)
-    named = _tags(folder)
-    found = [_entry(RunFolder(path.parent.parent.resolve()), named) for path in folder.glob(f"*/adapter/{WEIGHTS}")]
+    tags = named.tags_of(folder)
+    found = [_of_run(RunFolder(path.parents[1].resolve()), tags) for path in folder.glob(f"[!.]*/adapter/{WEIGHTS}")]
+    found += [_of_folder(path, name, tags) for name, path in named.named_adapters(folder).items()]
     return sorted(found, key=lambda one: -(one.finished_time_s or 0.0))
 
 
 def find_entry(name: str, parent: Path | None = None) -> Entry:
-    """The adapter of a run, of a tag, or in a folder (combined, reduced, or of another tool).
+    """The adapter of a run, of a name or tag, or in a folder.
 
     Raises:
-        RecipeError: no such run or tag, or a run without an adapter.
+        RecipeError: nothing of this name, or a run without an adapter.
     """
-    alone = Path(name).expanduser()
-    if (alone / CONFIG).is_file() and (alone / WEIGHTS).is_file():
-        return _of_folder(alone.resolve(), str(alone), (), {})
     folder = runs_folder(parent)
-    named = _tags(folder)
-    run = find_run(run_of(name, parent), parent)
-    if not (run.adapter / WEIGHTS).is_file():
-        raise RecipeError(f"{run.run_id} has no adapter (launcher status {run.run_id} says why)")
-    return _entry(run, named)
+    tags = named.tags_of(folder)
+    path = Path(name).expanduser()
+    found = path.resolve() if named.is_adapter(path) else find(name, parent)
+    if isinstance(found, RunFolder):
+        if not (found.adapter / WEIGHTS).is_file():
+            raise RecipeError(f"{found.run_id} has no adapter (launcher status {found.run_id} says why)")
+        return _of_run(found, tags)
+    run = RunFolder(found.parent)
+    if run.adapter == found and run.plan.is_file() and found.parents[1] == folder.resolve():
+        return _of_run(run, tags)
+    return _of_folder(found, named.name_of(folder, found) or str(found), tags)
+
+
+def find(name: str, parent: Path | None = None) -> RunFolder | Path:
+    """What a user means by a name: a run, or the folder of an adapter that no run trained.
+
+    A tag comes before a run whose name begins with it, and so does an adapter.
+
+    Raises:
+        RecipeError: nothing; names what comes nearest among runs, adapters and tags.
+    """
+    adapter = adapter_of(name, parent)
+    if adapter is not None:
+        return adapter
+    folder = runs_folder(parent)
+    tags = named.tags_of(folder)
+    owner = tags.get(name, name)
+    try:
+        return find_run(owner, parent)
+    except RecipeError as error:
+        if name in tags:
+            raise RecipeError(f"{name!r} is of {owner}, which is gone; tag another adapter with it") from error
+        close = difflib.get_close_matches(name, [*tags, *named.named_adapters(folder)], n=1)
+        if close and " is the beginning of " not in str(error):
+            raise RecipeError(f"no run, adapter or tag {name!r} in {folder}; did you mean {close[0]}?") from error
+        raise
 
 
 def run_of(name: str, parent: Path | None = None) -> str:
-    """The run whose adapter was given this name; other names as they are."""
-    return _tags(runs_folder(parent)).get(name, name)
+    """The run whose adapter was given this name; other names as they are.
+
+    Raises:
+        RecipeError: the name of an adapter that no run trained.
+    """
+    adapter = adapter_of(name, parent)
+    if adapter is not None:
+        raise RecipeError(f"{name!r} is an adapter that no run trained ({adapter}); name a run")
+    return named.tags_of(runs_folder(parent)).get(name, name)
 
 
-def tag(name: str, label: str, parent: Path | None = None, *, move: bool = False) -> Entry:
-    """Give a run's adapter a name that other verbs take.
+def adapter_of(name: str, parent: Path | None = None) -> Path | None:
+    """The folder of an adapter that no run trained, by its name or tag; None: it is none's."""
+    folder = runs_folder(parent)
+    return named.named_adapter(folder, named.tags_of(folder).get(name, name))
+
+
+def tag(name: str, label: str, parent: Path | None = None, *, move: bool = False, dry_run: bool = False) -> Entry:
+    """Give an adapter a name that other verbs take; a folder that has no name here gets one with its first tag.
 
     Raises:
         RecipeError: not a name, or no such adapter.
-        ConflictError: the tag is another run's and `move` is not said.
+        ConflictError: the tag is another adapter's and `move` is not said, or it is a name already.
     """
-    if not _TAG.fullmatch(label):
-        raise RecipeError(f"tag {label!r}: letters, digits, dot, dash and underscore, at most 63, first no sign")
-    entry = find_entry(name, parent)
-    if not entry.is_of_run:
-        raise RecipeError(f"{entry.path}: a tag names the adapter of a run; a folder has its own name")
-    folder = runs_folder(parent)
-    with hold(RunFolder(Path(entry.path).parent), "tag"):
-        named = _tags(folder)
-        if named.get(label, entry.run) != entry.run and not move:
-            raise ConflictError(f"tag {label!r} is of {named[label]}; say --move to give it to {entry.run}")
-        (folder / ".adapters").mkdir(mode=0o700, exist_ok=True)
-        write_json(folder / ".adapters" / "tags.json", named | {label: entry.run})
-    return find_entry(entry.run, parent)
+    named.refuse_name(label, "tag")
+    folder, entry = runs_folder(parent), find_entry(name, parent)
+    _refuse_label(folder, label, entry, move=move)
+    if dry_run:
+        return entry
+    owner = entry.run or named.register(folder, Path(entry.path))
+    with named.alone(folder):
+        _refuse_label(folder, label, entry, move=move)
+        named.write_tags(folder, named.tags_of(folder) | {label: owner})
+    return find_entry(owner, parent)
+
+
+def _refuse_label(folder: Path, label: str, entry: Entry, *, move: bool) -> None:
+    owner = named.owner_of(folder, label)
+    if owner is None:
+        return
+    tags = named.tags_of(folder)
+    if label not in tags:
+        raise ConflictError(f"tag {label!r} is the name of {owner} in {folder}; choose another")
+    gone = not (named.named_adapter(folder, tags[label]) or (folder / tags[label]).is_dir())
+    if tags[label] != entry.name and not move and not gone:
+        raise ConflictError(f"tag {label!r} is of {tags[label]}; say --move to give it to {entry.name}")
 
 
 def diff(one: Entry, other: Entry) -> dict[str, tuple[Any, Any]]:
@@ -113,8 +163,11 @@ def diff(one: Entry, other: Entry) -> dict[str, tuple[Any, Any]]:
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
-    own = {key: value for key, value in entry.to_json().items() if key not in ("path", "tags", "run")}
-    return own | _flat(read_json(Path(entry.path).parent / "plan.json").get("chosen", {}), "plan.")
+    own = {
+        key: value for key, value in entry.to_json().items() if key not in ("name", "path", "tags", "run", "parents")
+    }
+    plan = read_json(Path(entry.path).parent / "plan.json") if entry.run else {}
+    return own | _flat(plan.get("chosen", {}), "plan.")
 
 
 def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -131,18 +184,22 @@ def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {f"{prefix}{key}": value[key] for key in kept if key in value}
 
 
-def _entry(run: RunFolder, named: dict[str, str]) -> Entry:
-    tags = tuple(sorted(label for label, target in named.items() if target == run.run_id))
-    return _of_folder(run.adapter, run.run_id, tags, read_json(run.result))
+def _of_run(run: RunFolder, tags: dict[str, str]) -> Entry:
+    return _entry(run.adapter, run.run_id, tags, run=run.run_id, result=read_json(run.result))
 
 
-def _of_folder(folder: Path, name: str, tags: tuple[str, ...], result: dict[str, Any]) -> Entry:
+def _of_folder(folder: Path, name: str, tags: dict[str, str]) -> Entry:
+    return _entry(folder, name, tags, run=None, result={"finished_time_s": (folder / WEIGHTS).stat().st_mtime})
+
+
+def _entry(folder: Path, name: str, tags: dict[str, str], *, run: str | None, result: dict[str, Any]) -> Entry:
     config, told = read_json(folder / CONFIG), _lineage(folder / WEIGHTS)
     targets = config.get("target_modules") or ()
     return Entry(
-        run=name,
+        name=name,
+        run=run,
         path=str(folder),
-        tags=tags,
+        tags=tuple(sorted(label for label, owner in tags.items() if owner == name)),
         method=told.get("method") or config.get("peft_type"),
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -152,6 +209,7 @@ def _of_folder(folder: Path, name: str, tags: tuple[str, ...], result: dict[str,
         base_fingerprint=told.get("base_fingerprint"),
         data_key=told.get("data_key"),
         made=_made(told.get("made")),
+        parents=_parents(told.get("made")),
         bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         step=result.get("step"),
         validation_loss=(result.get("validation_loss") or {}).get("after"),
@@ -168,6 +226,13 @@ def _made(told: Any) -> str | None:
         return None
 
 
+def _parents(told: Any) -> tuple[dict[str, Any], ...]:
+    """Of a lineage that is ours; () for any other."""
+    if _made(told) is None:
+        return ()
+    return tuple({key: one.get(key) for key in ("name", "weight", "sha256")} for one in told["parents"])
+
+
 def _lineage(path: Path) -> dict[str, Any]:
     """The lineage in a safetensors header; {} where there is none."""
     try:
@@ -175,8 +240,3 @@ def _lineage(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         return {}
     return told if isinstance(told, dict) else {}
-
-
-def _tags(folder: Path) -> dict[str, str]:
-    found = read_json(folder / ".adapters" / "tags.json")
-    return {str(label): str(run) for label, run in found.items()}

@@ -25,8 +25,9 @@ from launcher.errors import (
 from launcher.facts.adapters import AdapterFacts, read_adapter_facts
 from launcher.facts.fingerprint import model_fingerprint
 from launcher.runs.adapters import base_folder
-from launcher.runs.registry import find_entry
-from launcher.runs.status import find_run
+from launcher.runs.named import tags_of
+from launcher.runs.registry import find
+from launcher.runs.status import runs_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -119,16 +120,15 @@ def find_target(text: str, parent: Path | None) -> Target:
 
 
 def _of_run(wanted: str, named: str, parent: Path | None) -> Target:
-    """A run's adapter or model, or what a tag names."""
-    try:
-        run = find_run(wanted, parent)
-    except RecipeError:
-        tagged = Path(find_entry(wanted, parent).path)  # raises what says more
-        return Target(name=named or wanted, folder=tagged, adapter=read_adapter_facts(tagged))
+    """A run's adapter or model, or what a name or tag stands for."""
+    run = find(wanted, parent)
+    if isinstance(run, Path):
+        return Target(name=named or wanted, folder=run, adapter=read_adapter_facts(run))
+    named = named or (wanted if wanted in tags_of(runs_folder(parent)) else run.run_id)
     if (run.adapter / "adapter_config.json").is_file():
-        return Target(name=named or run.run_id, folder=run.adapter, adapter=read_adapter_facts(run.adapter))
+        return Target(name=named, folder=run.adapter, adapter=read_adapter_facts(run.adapter))
     if (run.model / "config.json").is_file():
-        return Target(name=named or run.run_id, folder=run.model, adapter=None)
+        return Target(name=named, folder=run.model, adapter=None)
     raise JobFailedError(f"{run.run_id} has nothing to serve: it has not finished (launcher status {run.run_id})")
 
 

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.facts.adapters import WAYS
-from launcher.verbs.arguments import json_flag, print_json, run_argument, runs_option, show_notices
+from launcher.verbs.arguments import complete_run, json_flag, print_json, runs_option, show_notices
 
 if TYPE_CHECKING:
     from launcher.runs.registry import Entry
 
 _MOST_LOST = 5
 """Modules shown on a terminal; --json has all."""
+name_option = click.option("--name", help="What other verbs call it [after the folder of --to].")
 target_option = click.option(
-    "--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist."
-)
+    "--to", "target", type=click.Path(path_type=Path),
+    help="Folder to write; it must not exist [.adapters/NAME in the folder of runs].",
+)  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything that needs no weights; write nothing.")
 
 
@@ -38,7 +40,7 @@ def read_weights(_context: click.Context, _option: click.Parameter, value: str) 
 @runs_option
 @click.pass_context
 def command(context: click.Context, as_json: bool, parent: Path | None) -> None:
-    """List the adapters of finished runs; tag, diff, combine and reduce them."""
+    """List the adapters of finished runs and those made of them; tag, diff, combine and reduce them."""
     if context.invoked_subcommand is not None:
         return
     from launcher.runs.registry import list_adapters
@@ -52,7 +54,7 @@ def command(context: click.Context, as_json: bool, parent: Path | None) -> None:
         return
     _table(found)
     click.echo(
-        "Next: launcher adapters diff ONE OTHER · launcher adapters combine ONE OTHER --weights 0.5,0.5 --to DIR",
+        "Next: launcher adapters diff ONE OTHER · launcher adapters combine ONE OTHER --weights 0.5,0.5 --name BOTH",
         err=True,
     )
 
@@ -62,13 +64,13 @@ def _table(found: list[Entry]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("RUN", "TAGS", "METHOD", "RANK", "BASE", "STEP", "VALIDATION", "RETENTION", "MB"):
-        table.add_column(name, justify="left" if name in ("RUN", "TAGS", "METHOD", "BASE") else "right")
+    for name in ("NAME", "TAGS", "METHOD", "RANK", "BASE", "STEP", "VALIDATION", "RETENTION", "MB", "MADE OF"):
+        table.add_column(name, justify="left" if name in ("NAME", "TAGS", "METHOD", "BASE", "MADE OF") else "right")
     for one in found:
         losses = [f"{loss:.4f}" if loss is not None else "" for loss in (one.validation_loss, one.retention_loss)]
         base = f"{one.base or ''}{f' @ {one.base_revision[:8]}' if one.base_revision else ''}"
-        table.add_row(one.run, ", ".join(one.tags), one.method or "", str(one.rank or ""), base, str(one.step or ""),
-                      *losses, f"{one.bytes / 1e6:.1f}")  # fmt: skip
+        table.add_row(one.name, ", ".join(one.tags), one.method or "", str(one.rank or ""), base, str(one.step or ""),
+                      *losses, f"{one.bytes / 1e6:.1f}", one.made or "")  # fmt: skip
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400
@@ -76,17 +78,18 @@ def _table(found: list[Entry]) -> None:
 
 
 @command.command(name="tag")
-@run_argument
+@click.argument("adapter", shell_complete=complete_run)
 @click.argument("name")
-@click.option("--move", is_flag=True, help="Take the tag from the run that has it.")
+@click.option("--move", is_flag=True, help="Take the tag from the adapter that has it.")
 @click.option("--dry-run", is_flag=True, help="Check; write nothing.")
 @runs_option
-def tag_adapter(run: str, name: str, move: bool, dry_run: bool, parent: Path | None) -> None:
-    """Give a run's adapter a name."""
-    from launcher.runs.registry import find_entry, tag
+def tag_adapter(adapter: str, name: str, move: bool, dry_run: bool, parent: Path | None) -> None:
+    """Give an adapter (of a run, or in a folder) a name that other verbs take; a folder is listed from then on."""
+    from launcher.runs.registry import tag
 
-    entry = find_entry(run, parent) if dry_run else tag(run, name, parent, move=move)
-    click.echo(f"{'would tag' if dry_run else 'tagged'} {entry.run} as {name}")
+    entry = tag(adapter, name, parent, move=move, dry_run=dry_run)
+    click.echo(f"{'would tag' if dry_run else 'tagged'} {entry.name} as {name}")
+    click.echo(f"Next: launcher merge {name} · launcher export {name} --for vllm · launcher serve {name}", err=True)
 
 
 @command.command(name="diff")
@@ -95,15 +98,15 @@ def tag_adapter(run: str, name: str, move: bool, dry_run: bool, parent: Path | N
 @json_flag
 @runs_option
 def diff_adapters(one: str, other: str, as_json: bool, parent: Path | None) -> None:
-    """Show what differs between two adapters (runs or tags): origin, shape, plan and losses."""
+    """Show what differs between two adapters (runs, tags or folders): origin, shape, plan and losses."""
     from launcher.runs.registry import diff, find_entry
 
     left, right = find_entry(one, parent), find_entry(other, parent)
     found = diff(left, right)
     if as_json:
-        print_json({"schema": 1, "one": left.run, "other": right.run, "different": found})
+        print_json({"schema": 1, "one": left.name, "other": right.name, "different": found})
         return
-    click.echo(f"{'':28}  {left.run:32}  {right.run}")
+    click.echo(f"{'':28}  {left.name:32}  {right.name}")
     for key, (a, b) in found.items():
         click.echo(f"{key:28}  {a!s:32.32}  {b!s:.60}")
     if not found:
@@ -119,6 +122,7 @@ def diff_adapters(one: str, other: str, as_json: bool, parent: Path | None) -> N
               help="What decides a sign in the ties forms.")  # fmt: skip
 @click.option("--rank", type=int, help="Of the result, for the svd forms [the highest of the adapters'].")
 @click.option("--seed", type=int, default=0, show_default=True, help="What the dare forms drop.")
+@name_option
 @target_option
 @click.option("--trust-base", is_flag=True, help="Take them although not all say which base they were trained on.")
 @dry_run_option
@@ -130,13 +134,12 @@ def combine_adapters(
     dry_run: bool,
     as_json: bool,
     parent: Path | None,
-    target: Path,
     **settings: Any,
 ) -> None:
     """Make one adapter of several of one base (runs, tags or folders), weighted; the base itself is not needed."""
     from launcher.runs.adapters import combine_request, derive
 
-    asked = combine_request(adapters, parent, weights=weights, target=target, **settings)
+    asked = combine_request(adapters, parent, weights=weights, **settings)
     if dry_run:
         print_json({"schema": 1, **asked})
         return
@@ -146,12 +149,19 @@ def combine_adapters(
         print_json({"schema": 1, **made})
     else:
         click.echo(f"wrote {made['path']}: {made['made']}; rank {made['rank']}, {made['modules']} modules")
-    click.echo(f"Next: launcher merge {made['path']} · launcher export {made['path']} --for vllm", err=True)
+    _next(made)
+
+
+def _next(made: dict[str, Any]) -> None:
+    """By name where it has one."""
+    name = made["name"] or made["path"]
+    click.echo(f"Next: launcher merge {name} · launcher export {name} --for vllm · launcher serve {name}", err=True)
 
 
 @command.command(name="reduce")
 @click.argument("adapter")
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Of the result.")
+@name_option
 @target_option
 @click.option("--prove", is_flag=True, help="Load both on the base and say the largest difference of their logits.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder of the base, for --prove [the adapter's].")
@@ -159,22 +169,21 @@ def combine_adapters(
 @dry_run_option
 @json_flag
 @runs_option
-def reduce_adapter(
-    adapter: str, rank: int, target: Path, dry_run: bool, as_json: bool, parent: Path | None, **settings: Any
-) -> None:
+def reduce_adapter(adapter: str, rank: int, dry_run: bool, as_json: bool, parent: Path | None, **settings: Any) -> None:
     """Make the nearest adapter of a lower rank, and say module by module what it loses."""
     from launcher.runs.adapters import derive, reduce_request
 
-    asked = reduce_request(adapter, parent, rank=rank, target=target, **settings)
+    asked = reduce_request(adapter, parent, rank=rank, **settings)
     if dry_run:
         print_json({"schema": 1, **asked})
         return
     made = derive(asked)
+    show_notices(made["notices"])
     if as_json:
         print_json({"schema": 1, **made})
     else:
         _losses(made)
-    click.echo(f"Next: launcher merge {made['path']} · launcher export {made['path']} --for vllm", err=True)
+    _next(made)
 
 
 def _losses(made: dict[str, Any]) -> None:

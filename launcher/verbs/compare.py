@@ -24,8 +24,8 @@ from launcher.verbs.arguments import complete_run, json_flag, print_json, runs_o
     "--adapter",
     "adapters",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="An adapter that no run made, such as a combined one; measured beside the runs. Repeatable.",
+    metavar="ADAPTER",
+    help="A folder, name or tag of an adapter that no run made, such as a combined one; measured beside the runs.",
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as one self-contained page, too.")
 @json_flag
@@ -37,25 +37,28 @@ def command(
     generations: int,
     max_new_tokens: int,
     prompts: Path | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     html: Path | None,
     as_json: bool,
     parent: Path | None,
 ) -> None:
-    """Compare runs (names or tags): quality, retention, time, memory, cost, plan, rows won and answers.
+    """Compare runs (names or tags; adapters made of theirs, too): quality, retention, time, memory, cost, plan, rows won and answers.
 
     Each base is loaded once, every adapter on it in turn, on this machine. A winner is called only where other rows of
     the same kind would hardly change it.
     """
-    from launcher.runs.comparison import Asked, compare, find_adapters, find_runs
+    from launcher.runs.comparison import Asked, compare, find_adapters, find_runs, part
 
-    folders = find_runs(runs, parent)
+    names, beside = part(runs, parent)
+    folders, adapters = find_runs(names, parent), (*adapters, *beside)
+    if not folders:
+        raise click.UsageError(f"{', '.join(beside)}: compared with a run on the same base; name one")
     asked = Asked(
         rows=rows,
         generations=generations,
         max_new_tokens=max_new_tokens,
         prompts=prompts,
-        adapters=find_adapters(adapters, folders),
+        adapters=find_adapters(adapters, folders, parent),
     )
     if no_model and adapters:
         raise click.UsageError("--adapter has no numbers without loading it; leave --no-model out")

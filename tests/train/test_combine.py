@@ -315,6 +315,27 @@ def test_the_verbs_combine_reduce_and_compare(launcher, pair, tmp_path):
     assert told["made"][1] == "rank 8 cut to 2 of ab"
 
 
+def test_what_is_made_has_a_name_and_goes_on_by_it(launcher, pair, tmp_path, monkeypatch):
+    """Made of two with --name, tagged, reduced and merged by tag: listed with parents, told by the name in its card."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    monkeypatch.setenv("LAUNCHER_RUNS", str(runs))
+    folders = [one.adapter for one in pair]
+    done = launcher("combine", *folders, "--weights", "0.5,0.5", "--name", "both")
+    assert "Next: launcher merge both " in done.stderr, done.output
+    assert launcher("tag", "both", "best").exit_code == 0
+    small = launcher("reduce", "best", "--rank", "2", "--name", "small", "--to", tmp_path / "elsewhere")
+    assert small.exit_code == 0, small.output
+    listed = {one["name"]: one for one in json.loads(launcher("--json").stdout)["adapters"]}
+    assert listed["both"]["tags"] == ["best"]
+    assert [one["weight"] for one in listed["both"]["parents"]] == [0.5, 0.5]
+    assert listed["small"]["made"] == "rank 8 cut to 2 of both"
+    assert (tmp_path / "elsewhere" / "README.md").read_text().splitlines()[6] == "# small"
+    merged = CliRunner().invoke(main, ["merge", "small", "-o", str(tmp_path / "merged")])
+    assert merged.exit_code == 0, merged.output
+    assert launcher("reduce", "both", "--rank", "3", "--name", "small").exit_code == 7
+
+
 def test_every_problem_of_a_command_line_at_once(launcher, pair, tmp_path):
     """Exit 2 with weights, density and rank named together."""
     folders = [one.adapter for one in pair]

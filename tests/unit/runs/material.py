@@ -175,3 +175,20 @@ exit {status}
 def write_result(run: RunFolder, step: int = 4) -> None:
     """The worker's last word."""
     run.result.write_text(json.dumps({"schema": 1, "step": step, "train_loss": {"first": 2.0, "last": 1.0}}))
+
+
+def write_adapter(folder: Path, *, rank: int = 8, **lineage: Any) -> Path:
+    """A small LoRA adapter that says where it comes from; returns `folder`."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"method": "lora", "base": "org/base", "base_fingerprint": "ab" * 32, "data_key": "k"} | lineage
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": np.ones((rank, 4), np.float32),
+               f"{module}.lora_B.weight": np.ones((4, rank), np.float32)}  # fmt: skip
+    metadata = {"format": "pt", "launcher.lineage": json.dumps(told)}
+    save_file(factors, folder / "adapter_model.safetensors", metadata=metadata)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+    write_json(folder / "adapter_config.json", config)
+    return folder

@@ -93,7 +93,7 @@ def test_folders_that_are_no_adapters_are_all_named(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (tmp_path / run.run_id / "adapter_config.json").write_text("{}")
     with pytest.raises(RecipeError) as caught:
-        find_adapters([tmp_path / "a", run.path, tmp_path / "b"], [run])
+        find_adapters([str(tmp_path / "a"), str(run.path), str(tmp_path / "b")], [run], tmp_path)
     assert len(caught.value.problems) == 3
 
 

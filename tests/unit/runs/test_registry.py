@@ -41,7 +41,7 @@ def two(tmp_path: Path) -> tuple[RunFolder, RunFolder]:
 def test_the_newest_comes_first_with_its_lineage(two: tuple[RunFolder, RunFolder]) -> None:
     """Rank, base and losses are read from the adapter's own files."""
     found = registry.list_adapters(two[0].path.parent)
-    assert [(one.run, one.rank, one.base, one.validation_loss) for one in found] == [
+    assert [(one.name, one.rank, one.base, one.validation_loss) for one in found] == [
         (two[1].run_id, 16, "org/base", 1.5),
         (two[0].run_id, 8, "org/base", 2.0),
     ]
@@ -84,7 +84,7 @@ def test_a_tag_names_an_adapter_to_merge_and_export_too(two: tuple[RunFolder, Ru
 
 
 def test_a_folder_is_an_adapter_too(two: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
-    """Combined and reduced adapters lie where the user said: they are compared like others, and get no tag."""
+    """Combined and reduced adapters lie where the user said: they are compared like others."""
     made = {"how": "reduce", "from_rank": 16, "rank": 8, "parents": [{"name": "a", "weight": 1.0}]}
     folder = tmp_path / "small"
     folder.mkdir()
@@ -96,8 +96,6 @@ def test_a_folder_is_an_adapter_too(two: tuple[RunFolder, RunFolder], tmp_path: 
     different = registry.diff(registry.find_entry(two[1].run_id, parent), registry.find_entry(str(folder), parent))
     assert different["rank"] == (16, 8)
     assert different["made"] == (None, "rank 16 cut to 8 of a")
-    with pytest.raises(RecipeError, match="adapter of a run"):
-        registry.tag(str(folder), "best", parent)
 
 
 @pytest.mark.parametrize("made", [5, {"how": "ties"}, {"how": "ties", "parents": [{}]}, ["x"]])
