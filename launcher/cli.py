@@ -318,14 +318,25 @@ def submit(
 
 
 @main.command()
-@click.argument("run", required=False, shell_complete=complete_run)
+@click.argument("run", metavar="[RUN|TRIAL]", required=False, shell_complete=complete_run)
 @json_flag
 @runs_option
 def status(run: str | None, as_json: bool, parent: Path | None) -> None:
-    """Show the state of one run, or of all: the run folder first, Slurm second."""
+    """Show the state of one run, of a trial, or of all runs: the run folder first, Slurm second."""
     from launcher.runs import status as runs
 
-    states = [runs.run_status(runs.find_run(run, parent))] if run else runs.list_runs(parent)
+    if run is None:
+        states = runs.list_runs(parent)
+    else:
+        from launcher.runs.trial_folder import Trial, find_run_or_trial
+
+        found = find_run_or_trial(run, parent)
+        if isinstance(found, Trial):
+            from launcher.verbs.trial import show_status
+
+            show_status(found, as_json=as_json)
+            return
+        states = [runs.run_status(found)]
     if as_json:
         documents = [state.to_json() for state in states]
         print_json(documents[0] if run else documents)

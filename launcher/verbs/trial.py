@@ -207,3 +207,18 @@ def cancel_trial(found: Trial, *, dry_run: bool) -> None:
         return
     click.echo(f"cancelled trial {found.name}: {len(jobs)} jobs; checkpoints stay")
     click.echo(f"Next: launcher trial {found.name} goes on with it", err=True)
+
+
+def show_status(found: Trial, *, as_json: bool) -> None:
+    """`launcher status` of a trial."""
+    from launcher.report.status import print_status
+    from launcher.runs.trial_progress import progress
+
+    now = progress(found)
+    if as_json:
+        print_json(now.to_json())
+        return
+    click.echo(now.sentence)
+    if now.runs:
+        print_status(now.runs, one=False)
+    click.echo(f"Next: launcher trial {found.name}{'' if now.state == 'finished' else ' goes on with it'}", err=True)

@@ -14,10 +14,12 @@ from launcher.runs import trial_folder
 from launcher.runs.trial_choice import choose, write_choice
 from launcher.runs.trial_confirm import confirmation_of
 from launcher.runs.trial_folder import Trial
+from launcher.runs.trial_progress import progress
 from launcher.runs.trial_scores import failure_of
 from launcher.runs.trial_standing import stand
 from launcher.runs.trial_table import Row, rows, smallest_difference, ties, to_json
 from tests.tiny import make_recipe
+from tests.unit.runs.material import note_job
 from tests.unit.runs.trial_material import give_run, make_candidate, make_trial, reach
 
 
@@ -142,6 +144,34 @@ def test_work_that_was_done_twice_leaves_the_same_quality(tmp_path: Path, finish
 
 def stand_task(trial: Trial, name: str) -> trial_folder.Task:
     return trial_folder.Task(candidate=name, seed=trial.seeds[0])
+
+
+# ---------------------------------------------------------------- where it is
+
+
+def test_one_line_says_where_a_trial_is(tmp_path: Path) -> None:
+    """Runs that have reached the rung, that were not sent yet, and that left; one that paused waits, it did not end."""
+    trial = make_trial(tmp_path, "abc")
+    reach(trial, "a", 0, 2.0)
+    left = give_run(trial, "b")
+    note_job(left, "7", cluster="local")
+    assert (
+        progress(trial).sentence
+        == f"trial {trial.name}: rung 1 of 3 (to 1/4 of the steps): 1 done, 1 pending, 1 ended before it"
+    )
+    reach(trial, "b", 0, 1.0)
+    reach(trial, "c", 0, 3.0)
+    told = progress(trial)
+    assert told.sentence.endswith("rung 2 of 3 (to 1/2 of the steps): 0 done, 2 pending; of 3 candidates 1 stopped")
+    assert [run["run"] for run in told.to_json()["runs"]] == [run.run_id for run in trial.made()]
+    trial.folder.record("cancelled")
+    assert progress(trial).sentence.startswith(f"trial {trial.name}: cancelled in rung 2 of 3")
+
+
+def test_the_line_of_a_finished_trial_counts_candidates(finished: Trial) -> None:
+    """Nothing is left to run."""
+    assert progress(finished).sentence == f"trial {finished.name}: finished; of 4 candidates 2 finished, 2 stopped"
+    assert progress(finished).state == "finished"
 
 
 # ---------------------------------------------------------------- the table
