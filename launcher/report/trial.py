@@ -58,13 +58,15 @@ def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Conso
     forgetting = any(row.retention_change is not None for row in told)
     gpus, money = any(row.gpu_hours for row in told), any(row.cost is not None for row in told)
     scored = any(row.score is not None for row in told)
-    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["SCORE"] if scored else [])]
+    on_gpu = any(row.peak_bytes is not None for row in told)
+    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["SCORE", "+-"] if scored else [])]
     right += [*(["FORGETS"] if forgetting else []), "TRAIN", "WALL"]
-    right += ["GPU-HOURS" if gpus else "NODE-HOURS", *(["COST"] if money else []), "PEAK", "WEIGHTS", "TOKENS"]
+    right += ["GPU-HOURS" if gpus else "NODE-HOURS", *(["COST"] if money else [])]
+    right += ["GPU PEAK" if on_gpu else "HOST PEAK", "WEIGHTS", "TOKENS"]
     table = _new_table(("CANDIDATE", "METHOD", "STATUS"), right)
     for row in told:
         if row.status != "rejected":
-            table.add_row(*_cells(row, scored=scored, forgetting=forgetting, money=money))
+            table.add_row(*_cells(row, scored=scored, forgetting=forgetting, money=money, on_gpu=on_gpu))
     out.print(table)
     for row in told:
         if row.why:
@@ -75,42 +77,56 @@ def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Conso
         out.print(line)
 
 
-def _cells(row: Row, *, scored: bool, forgetting: bool, money: bool) -> list[str]:
+def _cells(row: Row, *, scored: bool, forgetting: bool, money: bool, on_gpu: bool) -> list[str]:
     status = f"stopped at {row.steps}" if row.status == "stopped" else row.status
     cells = [row.candidate, row.method, status, _text(row.lora_r), f"{row.learning_rate:.3g}"]
     cells += [f"{row.steps}/{row.of_steps}", _float(row.validation_loss, ".4f")]
     cells += [_float(row.spread, ".4f"), _float(row.perplexity, ".3f")]
-    cells += [_float(row.score, ".3f")] if scored else []
+    cells += [_float(row.score, ".3f"), _float(row.score_spread, ".3f")] if scored else []
     cells += [_float(row.retention_change, "+.4f")] if forgetting else []
     cells += [_seconds(row.train_s), _seconds(row.wall_s), _float(row.device_hours, ".3g")]
     cells += [_float(row.cost, ".2f")] if money else []
-    cells += [_bytes(row.peak_bytes, _GIB, "GiB"), _bytes(row.artifact_bytes, 1e6, "MB")]
+    cells += [
+        _bytes(row.peak_bytes if on_gpu else row.host_peak_bytes, _GIB, "GiB"),
+        _bytes(row.artifact_bytes, 1e6, "MB"),
+    ]
     return [*cells, "" if row.tokens is None else f"{row.tokens:,}"]
 
 
 def verdict(document: dict[str, Any], told: Sequence[Row]) -> list[str]:
     """What the table allows to be said, in sentences."""
     if document["state"] != "finished":
-        return [f"rung {document['rung']} of {len(document['rungs'])} is not done"]
+        was = ", and the trial was cancelled" if document["state"] == "cancelled" else ""
+        return [f"rung {document['rung']} of {len(document['rungs'])} is not done{was}"]
     if not document["ties"]:
         return []
     if document.get("confirms"):
         return [_confirmation(document)]
-    best, noise = document["ties"][0], document["smallest_difference"]
-    if noise is None:
-        return [f"best measured: {best}; one seed, so how much of it is chance is not known (--seeds 3 measures it)"]
-    if len(document["ties"]) > 1:
-        return [f"a tie: {', '.join(document['ties'])}; differences below {noise:.4f} are seed-to-seed noise (95 %)"]
     finished = sum(row.status == "finished" for row in told)
+    lines = [_best(document["ties"], document["smallest_difference"], finished)]
+    if document["score_ties"]:
+        lines.append(f"by score: {_best(document['score_ties'], document['score_smallest_difference'], finished)}")
+    return lines
+
+
+def _best(tied: Sequence[str], noise: float | None, finished: int) -> str:
+    """Which is best, and what chance may have to do with it."""
+    if noise is None and len(tied) > 1:
+        return f"the same for {', '.join(tied)}; one seed, so what chance does is not known (--seeds 3 measures it)"
+    if noise is None:
+        return f"best measured: {tied[0]}; one seed, so how much of it is chance is not known (--seeds 3 measures it)"
+    if len(tied) > 1:
+        return f"a tie: {', '.join(tied)}; differences below {noise:.4f} are seed-to-seed noise (95 %)"
     alone = f"by more than seed-to-seed noise ({noise:.4f}, 95 %)" if finished > 1 else "the only one that finished"
-    return [f"best: {best}, {alone}"]
+    return f"best: {tied[0]}, {alone}"
 
 
 def _confirmation(document: dict[str, Any]) -> str:
     """What running winner and runner-up again has shown."""
-    said, noise = document["confirms"], document["smallest_difference"]
-    seeds = f"{len(document['seeds'])} new seeds"
-    named = f"{said['winner']}, the winner of {said['trial']}"
+    said, by_score = document["confirms"], document["confirms"]["by"] == "score"
+    noise = document["score_smallest_difference" if by_score else "smallest_difference"]
+    by, seeds = " by score" if by_score else "", f"{len(document['seeds'])} new seeds"
+    named = f"{said['winner']}, the winner of {said['trial']}{by}"
     match said["outcome"]:
         case "confirmed":
             return f"confirmed: {named}, is better again with {seeds}, by more than noise ({noise:.4f}, 95 %)"
@@ -119,7 +135,9 @@ def _confirmation(document: dict[str, Any]) -> str:
         case "tie":
             other = said["runner_up"]
             return f"a tie: with {seeds}, {named}, and {other} differ by less than noise ({noise:.4f}, 95 %)"
-    return f"whether {named}, is better is not known: it takes two finished candidates and two seeds or more"
+    takes = "two finished candidates and two seeds or more"
+    judged = f", judged: launcher trial {document['trial']} --scorer FUNCTION" if by_score else ""
+    return f"whether {named}, is better is not known: it takes {takes}{judged}"
 
 
 def duration(seconds: float) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.errors import ConflictError, JobFailedError
+from launcher.errors import ConflictError, JobFailedError, RecipeError
 from launcher.recipe.load import load_recipe_with_notices, recipe_to_yaml
 from launcher.runs.folder import write_atomic
 from launcher.runs.trial_folder import Trial
-from launcher.runs.trial_table import Row, smallest_difference, ties
+from launcher.runs.trial_table import Measure, Row, badness, measured, smallest_difference, ties
 
-Objective = Literal["quality", "cost", "quality-per-cost"]
+Objective = Literal["quality", "cost", "quality-per-cost", "score"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +36,19 @@ def choose(told: Sequence[Row], objective: Objective) -> Choice:
     quality: the lowest validation loss; of those that noise cannot tell apart, the cheapest by the plan.
     cost: the least time in training steps, of those that are better than the base.
     quality-per-cost: the most loss taken off the base per hour in training steps.
+    score: the highest mean score of the answers; of those that noise cannot tell apart, the cheapest by the plan.
 
     Raises:
+        RecipeError: (score) nobody has judged the answers.
         JobFailedError: none finished, or (cost, quality-per-cost) none is better than the base.
     """
     finished = [row for row in told if row.status == "finished" and row.validation_loss is not None]
     if not finished:
         raise JobFailedError("no candidate finished with a loss that can be compared; nothing can be chosen")
-    if objective == "quality":
-        return _by_quality(told, finished)
+    if objective == "score" and not any(row.score is not None for row in finished):
+        raise RecipeError("--objective score: nobody has judged the answers; add --scorer exact or FILE.py:FUNCTION")
+    if objective in ("quality", "score"):
+        return _best(told, finished, "score" if objective == "score" else "loss")
     better = [row for row in finished if gain(row) > 0]
     if not better:
         raise JobFailedError("no candidate is better than the base on the held-out rows; nothing can be chosen by cost")
@@ -53,7 +58,7 @@ def choose(told: Sequence[Row], objective: Objective) -> Choice:
     else:
         best = max(better, key=_gain_per_hour)
         reasons = [f"most loss taken off the base per hour in training steps: {_gain_per_hour(best):.4g}"]
-    quality = _by_quality(told, finished)
+    quality = _best(told, finished, "loss")
     if quality.candidate != best.candidate:
         reasons.append(f"for quality alone it would be {quality.candidate}")
     return Choice(candidate=best.candidate, objective=objective, reasons=(*reasons, *_facts(best, finished)))
@@ -68,42 +73,45 @@ def _gain_per_hour(row: Row) -> float:
     return gain(row) / max(row.train_device_hours or 0.0, 1e-9)
 
 
-def _by_quality(told: Sequence[Row], finished: Sequence[Row]) -> Choice:
+def _best(told: Sequence[Row], finished: Sequence[Row], by: Measure) -> Choice:
     by_name = {row.candidate: row for row in finished}
-    tied = [by_name[name] for name in ties(told)]
+    tied = [by_name[name] for name in ties(told, by)]
     order = {row.candidate: index for index, row in enumerate(tied)}
     chosen = min(tied, key=lambda row: (row.predicted_device_hours or 0.0, row.trainable_params, order[row.candidate]))
-    if len(tied) == 1:
-        reasons = ["lowest validation loss"]
-    else:
-        others = ", ".join(row.candidate for row in tied if row.candidate != chosen.candidate)
-        reasons = [
-            f"a tie with {others}: the difference is less than seed-to-seed noise; this one costs least by the plan"
-        ]
-    return Choice(candidate=chosen.candidate, objective="quality", reasons=(*reasons, *_facts(chosen, finished)))
+    objective, words = ("quality", "lowest validation loss") if by == "loss" else ("score", "highest mean score")
+    others = ", ".join(row.candidate for row in tied if row.candidate != chosen.candidate)
+    if others and smallest_difference(finished, by) is None:
+        words = f"the same {by} as {others}; this one costs least by the plan"
+    elif others:
+        words = f"a tie with {others}: the difference is less than seed-to-seed noise; this one costs least by the plan"
+    return Choice(candidate=chosen.candidate, objective=objective, reasons=(words, *_facts(chosen, finished, by)))
 
 
-def _facts(chosen: Row, finished: Sequence[Row]) -> tuple[str, ...]:
+def _facts(chosen: Row, finished: Sequence[Row], by: Measure = "loss") -> tuple[str, ...]:
     """The measurements behind it, and what they cannot say."""
-    spread = f" +- {chosen.spread:.4f}" if chosen.spread is not None else ""
-    loss = f"validation loss {_number(chosen.validation_loss)}{spread} after {chosen.steps} steps"
+    loss = f"validation loss {_number(chosen.validation_loss)}{_spread(chosen.spread)} after {chosen.steps} steps"
     facts = [f"{loss}; the base has {_number(chosen.base_loss)}"]
-    others = sorted(
-        (row for row in finished if row is not chosen and row.validation_loss is not None),
-        key=lambda row: row.validation_loss or 0.0,
-    )
+    if by == "score":
+        score = f"score {_number(chosen.score)}{_spread(chosen.score_spread)}"
+        facts.insert(0, f"{score}; the base has {_number(chosen.base_score)}")
+    others = [row for row in finished if row is not chosen and badness(row, by) < math.inf]
     if others:
-        facts.append("; ".join(f"{row.candidate} {row.validation_loss:.4f}" for row in others[:4]))
+        others.sort(key=lambda row: badness(row, by))
+        facts.append("; ".join(f"{row.candidate} {_number(measured(row, by))}" for row in others[:4]))
     if chosen.retention_change is not None:
         facts.append(f"loss on the retention set changed by {chosen.retention_change:+.4f}")
-    noise = smallest_difference(finished)
+    noise = smallest_difference(finished, by)
     if noise is None:
         facts.append(
-            "one seed: how much a loss varies by chance was not measured, so this is the best measured, no more"
+            f"one seed: how much a {by} varies by chance was not measured, so this is the best measured, no more"
         )
     else:
         facts.append(f"differences below {noise:.4f} are noise ({chosen.seeds} seeds, 95 %)")
     return tuple(facts)
+
+
+def _spread(value: float | None) -> str:
+    return "" if value is None else f" +- {value:.4f}"
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.errors import ConflictError, RecipeError
 from launcher.runs.folder import RunFolder, read_json_lines, write_atomic, write_json
@@ -40,6 +40,8 @@ class Confirms:
     trial: str
     winner: str
     runner_up: str
+    by: Literal["loss", "score"] = "loss"
+    """What is compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,9 @@ class Score:
     """From the first word of each attempt to its last, summed."""
     tokens: int | None
     peak_bytes: int | None
-    """Largest allocation of rank 0's GPU."""
+    """Largest allocation of rank 0's GPU; None on CPUs."""
+    host_peak_bytes: int | None
+    """Most resident memory of rank 0's process, over all attempts that left in order."""
     artifact_bytes: int | None
     """Weights of the adapter or model; None of a run that paused."""
 
@@ -65,6 +67,7 @@ def score(run: RunFolder, step: int) -> Score:
         wall_s=wall_s(evidence),
         tokens=_tokens(evidence, step),
         peak_bytes=max((int(line["peak_bytes"]) for line in lines if line.get("peak_bytes")), default=None),
+        host_peak_bytes=_host_peak(evidence),
         artifact_bytes=_size(run.adapter) or _size(run.model),
     )
 
@@ -90,6 +93,12 @@ def _train_s(evidence: Evidence, step: int) -> float:
 def _tokens(evidence: Evidence, step: int) -> int | None:
     tokens = _facts_at(evidence, step).get("tokens")
     return int(tokens) if isinstance(tokens, int) else None
+
+
+def _host_peak(evidence: Evidence) -> int | None:
+    said = [*evidence.events, evidence.result or {}]
+    peaks = [peak for facts in said if isinstance(peak := facts.get("host_peak_bytes"), int)]
+    return max(peaks, default=None)
 
 
 def wall_s(evidence: Evidence) -> float:

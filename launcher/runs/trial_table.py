@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from launcher.runs.trial_standing import Standing
 
 SCHEMA = 1
 Outcome = Literal["confirmed", "tie", "reversed", "unknown"]
+Measure = Literal["loss", "score"]
 _T_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -27,7 +28,7 @@ _T_95 = (
 _NORMAL_95 = 1.960
 _QUALITY = (
     *("candidate", "status", "rung", "steps", "seeds", "validation_loss", "losses", "spread", "perplexity"),
-    *("base_loss", "score", "retention", "retention_change"),
+    *("base_loss", "score", "scores", "score_spread", "retention", "retention_change"),
 )
 
 
@@ -56,6 +57,11 @@ class Row:
     base_loss: float | None = None
     score: float | None = None
     """What the scorer gave the answers to held-out prompts; None where none was asked for."""
+    scores: tuple[float, ...] = ()
+    """One per seed."""
+    score_spread: float | None = None
+    """Standard deviation over the seeds; None with one."""
+    base_score: float | None = None
     retention: float | None = None
     retention_change: float | None = None
     """Loss on the second set now, less that of the base; positive = something was forgotten."""
@@ -71,6 +77,9 @@ class Row:
     train_device_hours: float | None = None
     """In training steps alone: what interruptions do not change."""
     peak_bytes: int | None = None
+    """Of rank 0's GPU; None on CPUs."""
+    host_peak_bytes: int | None = None
+    """Resident memory of rank 0's process."""
     artifact_bytes: int | None = None
     tokens: int | None = None
     runs: tuple[str, ...] = ()
@@ -87,8 +96,16 @@ def rows(trial: Trial, standing: Standing) -> list[Row]:
     """The table, best first: who came further, and of those the lower loss."""
     told = [_row(trial, standing, each.name) for each in trial.candidates]
     given = scores(trial)
-    told = [replace(row, score=_mean(given.get(run) for run in row.runs)) for row in told]
+    told = [_with_scores(row, given) for row in told]
     return sorted(told, key=lambda row: (row.status == "rejected", -row.rung, _or_inf(row.validation_loss)))
+
+
+def _with_scores(row: Row, given: Mapping[str, float]) -> Row:
+    known = tuple(given[run] for run in row.runs if run in given)
+    if not known or len(known) < len(row.runs):
+        return replace(row, base_score=given.get("base"))
+    spread = _deviation(known) if len(known) > 1 else None
+    return replace(row, score=mean(known), scores=known, score_spread=spread, base_score=given.get("base"))
 
 
 def scores(trial: Trial) -> dict[str, float]:
@@ -152,6 +169,7 @@ def _effort(trial: Trial, name: str, scores: Sequence[Score]) -> dict[str, Any]:
     on_gpus = candidate.gpu_hours > 0
     hours = wall_s / 3600 * candidate.devices
     peaks = [each.peak_bytes for each in scores if each.peak_bytes is not None]
+    hosts = [each.host_peak_bytes for each in scores if each.host_peak_bytes is not None]
     sizes = [each.artifact_bytes for each in scores if each.artifact_bytes is not None]
     return {
         "train_s": train_s,
@@ -161,6 +179,7 @@ def _effort(trial: Trial, name: str, scores: Sequence[Score]) -> dict[str, Any]:
         "cost": hours * trial.price if on_gpus and trial.price is not None else None,
         "train_device_hours": train_s / 3600 * candidate.devices,
         "peak_bytes": max(peaks, default=None),
+        "host_peak_bytes": max(hosts, default=None),
         "artifact_bytes": max(sizes, default=None),
         "tokens": scores[0].tokens,
         "runs": tuple(each.run for each in scores),
@@ -181,31 +200,41 @@ def _deviation(values: Sequence[float]) -> float:
 # ---------------------------------------------------------------- what is noise
 
 
-def smallest_difference(finished: Sequence[Row]) -> float | None:
-    """The smallest difference of two mean losses that is more than seed-to-seed noise; None with one seed.
+def smallest_difference(finished: Sequence[Row], by: Measure = "loss") -> float | None:
+    """The smallest difference of two means that is more than seed-to-seed noise; None with one seed.
 
     Student's two-sample test at 5 % with the spread pooled over all finished candidates (Fisher's least significant
     difference): t(df) * s * sqrt(2 / seeds), df = candidates * (seeds - 1). It errs on the side of a tie, because what
     a seed does to all candidates alike is counted as noise, too.
     """
-    samples = [row.losses for row in finished if len(row.losses) > 1]
+    samples = [values for row in finished if len(values := row.losses if by == "loss" else row.scores) > 1]
     if not samples:
         return None
-    freedom = sum(len(losses) - 1 for losses in samples)
-    pooled = math.sqrt(math.fsum(_deviation(losses) ** 2 * (len(losses) - 1) for losses in samples) / freedom)
+    freedom = sum(len(values) - 1 for values in samples)
+    pooled = math.sqrt(math.fsum(_deviation(values) ** 2 * (len(values) - 1) for values in samples) / freedom)
     point = _T_95[freedom - 1] if freedom <= len(_T_95) else _NORMAL_95
-    return point * pooled * math.sqrt(2 / min(len(losses) for losses in samples))
+    return point * pooled * math.sqrt(2 / min(len(values) for values in samples))
 
 
-def ties(told: Sequence[Row]) -> list[str]:
+def ties(told: Sequence[Row], by: Measure = "loss") -> list[str]:
     """Finished candidates that cannot be told from the best: itself first; it alone where the spread is unknown."""
-    finished = [row for row in told if row.status == "finished" and row.validation_loss is not None]
+    finished = [row for row in told if row.status == "finished" and badness(row, by) < math.inf]
     if not finished:
         return []
-    finished.sort(key=lambda row: _or_inf(row.validation_loss))
-    noise = smallest_difference(finished)
-    limit = _or_inf(finished[0].validation_loss) + (0.0 if noise is None else noise)
-    return [row.candidate for row in finished if _or_inf(row.validation_loss) <= limit]
+    finished.sort(key=lambda row: badness(row, by))
+    limit = badness(finished[0], by) + (smallest_difference(finished, by) or 0.0)
+    return [row.candidate for row in finished if badness(row, by) <= limit]
+
+
+def measured(row: Row, by: Measure) -> float | None:
+    """The mean over the seeds."""
+    return row.validation_loss if by == "loss" else row.score
+
+
+def badness(row: Row, by: Measure) -> float:
+    """The less the better; infinite where it was not measured."""
+    value = measured(row, by)
+    return math.inf if value is None else value if by == "loss" else -value
 
 
 def to_json(trial: Trial, standing: Standing, told: Sequence[Row]) -> dict[str, Any]:
@@ -215,16 +244,24 @@ def to_json(trial: Trial, standing: Standing, told: Sequence[Row]) -> dict[str, 
         "schema": SCHEMA,
         "trial": trial.name,
         "path": str(trial.path),
-        "state": "finished" if standing.finished else "running",
+        "state": "finished" if standing.finished else "cancelled" if trial.cancelled else "running",
         "rung": standing.rung + 1,
         "rungs": [str(share) for share in trial.shares],
         "seeds": list(trial.seeds),
-        "rows": [asdict(row) | {"losses": list(row.losses), "runs": list(row.runs)} for row in told],
+        "rows": [_to_json(row) for row in told],
         "smallest_difference": smallest_difference(finished),
         "ties": ties(told) if standing.finished else [],
+        "score_smallest_difference": smallest_difference(finished, "score"),
+        "score_ties": ties(told, "score") if standing.finished else [],
         "base_score": scores(trial).get("base"),
         "confirms": _confirms(trial, told) if standing.finished else None,
     }
+
+
+def _to_json(row: Row) -> dict[str, Any]:
+    document = asdict(row)
+    del document["base_score"]  # the same for all, so it stands beside the rows
+    return document | {name: list(document[name]) for name in ("losses", "scores", "runs")}
 
 
 def _confirms(trial: Trial, told: Sequence[Row]) -> dict[str, Any] | None:
@@ -239,10 +276,11 @@ def confirmation(before: Confirms, told: Sequence[Row]) -> Outcome:
 
     Source: the same test as `smallest_difference`, on seeds that nothing was chosen by.
     """
-    losses = {row.candidate: row.validation_loss for row in told if row.status == "finished"}
-    winner, other = losses.get(before.winner), losses.get(before.runner_up)
-    noise = smallest_difference([row for row in told if row.status == "finished"])
-    if winner is None or other is None or noise is None:
+    finished = [row for row in told if row.status == "finished"]
+    bad = {row.candidate: badness(row, before.by) for row in finished}
+    winner, other = bad.get(before.winner, math.inf), bad.get(before.runner_up, math.inf)
+    noise = smallest_difference(finished, before.by)
+    if math.inf in (winner, other) or noise is None:
         return "unknown"
     if abs(other - winner) <= noise:
         return "tie"

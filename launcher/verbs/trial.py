@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 @click.option("--wait", is_flag=True, help="On a cluster: stay until the trial has ended.")
 @click.option(
     "--objective",
-    type=click.Choice(["quality", "cost", "quality-per-cost"]),
+    type=click.Choice(["quality", "cost", "quality-per-cost", "score"]),
     default="quality",
     show_default=True,
-    help="What --pick chooses by.",
+    help="What --pick and --confirm choose by; score: of the answers, by --scorer.",
 )
 @click.option("--pick", type=click.Path(path_type=Path, dir_okay=False), help="Write the winning recipe to this file.")
 @click.option("--confirm", is_flag=True, help="Run winner and runner-up of a finished TRIAL again, with new seeds.")
@@ -79,6 +79,10 @@ def command(
     found = find_trial(recipe, parent)
     if confirm and found is None:
         raise click.UsageError(f"--confirm takes a trial that has ended; {recipe!r} is none")
+    if objective == "score" and scorer is None and (confirm or not _is_scored(found)):
+        raise click.UsageError(
+            "--objective score: nobody has judged the answers; add --scorer exact or FILE.py:FUNCTION"
+        )
     if found is None:
         from launcher.recipe.shipped import find_recipe
         from launcher.runs import trial
@@ -106,6 +110,13 @@ def command(
         if found is None:
             return
     _go_on(found, objective, pick, None if dry_run else scorer, as_json=as_json, wait=wait, dry_run=dry_run)
+
+
+def _is_scored(found: Trial | None) -> bool:
+    """Whether somebody has judged the answers of a trial."""
+    from launcher.runs.trial_table import scores
+
+    return found is not None and bool(scores(found))
 
 
 def _specs(lines: tuple[str, ...], file: Path | None) -> tuple[Spec, ...] | None:
@@ -170,7 +181,8 @@ def _go_on(
         trial_scorer.measure(found, standing, scorer)
     told = rows(found, standing)
     document = trial.remember(found, standing, dry_run=dry_run)
-    choice = trial_choice.choose(told, objective) if standing.finished else None
+    ready = standing.finished and (objective != "score" or _is_scored(found))
+    choice = trial_choice.choose(told, objective) if ready else None
     if as_json:
         print_json(document | {"choice": choice.to_json() if choice else None})
     else:

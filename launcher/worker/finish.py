@@ -51,7 +51,7 @@ class Finish:
     def work(self, loop: Loop, engine: Engine) -> None:
         """Gather, write, verify; result.json last. Collective; ranks other than 0 wait for rank 0."""
         self.progress.state("finishing")
-        peaks = _peaks(loop.device)
+        peaks = peaks_of(loop.device)
         probe = Head(self.tokens.validation or self.tokens.train, PROBE_ROWS)
         expected_loss = loop.evaluate(probe)
         state = engine.full_state()
@@ -132,8 +132,8 @@ class Finish:
         return {"key": self.tokens.key} | hashes
 
 
-def _peaks(device: torch.device) -> dict[str, int | None]:
-    """Most memory that rank 0 held during training: of the device, by torch's allocator, and of the host."""
+def peaks_of(device: torch.device) -> dict[str, int | None]:
+    """Most memory that rank 0 has held so far: of the device, by torch's allocator, and of the host."""
     of_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"peak_bytes": of_device, "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

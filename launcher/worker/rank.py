@@ -23,7 +23,7 @@ from launcher.worker.checkpoint import Checkpoints, Identity
 from launcher.worker.checks import check_ranks
 from launcher.worker.data import Order, collate, needs_flat
 from launcher.worker.engine import Engine, Hooks, make_engine
-from launcher.worker.finish import Finish
+from launcher.worker.finish import Finish, peaks_of
 from launcher.worker.loop import Layout, Loop, Memory, Rhythm
 from launcher.worker.pace import Pace, Stopwatch, Stragglers
 from launcher.worker.place import Place
@@ -73,7 +73,7 @@ class Rank:
         self._resume(loop, engine, checkpoints)
         reason = loop.run()
         if reason is not None:
-            self._stopped(reason, loop.memory)
+            self._stopped(reason, loop.memory, peaks_of(device))
             return reason
         finish = Finish(
             folder=self.folder,
@@ -250,12 +250,12 @@ class Rank:
             self.progress.line(f"checked {self.place.world_size} ranks in {facts['seconds']:.1f} s{speed}")
             self.folder.record("checked", **self.place.names, **facts)
 
-    def _stopped(self, reason: str, memory: Memory) -> None:
+    def _stopped(self, reason: str, memory: Memory, peaks: dict[str, int | None]) -> None:
         """The ranks agreed to stop and the checkpoint is written; whether the job comes back is not decided here."""
         self.progress.say(f"stopped after step {memory.step} ({reason}); a checkpoint is there")
         if self.place.rank == 0:
             facts = {"reason": reason, "step": memory.step, "train_s": memory.train_s, "tokens": memory.tokens}
-            self.folder.record("stopped", **self.place.names, **facts)
+            self.folder.record("stopped", **self.place.names, **facts, **peaks)
 
     def _pause_step(self) -> int | None:
         """Where this attempt is to pause, as rank 0 reads it: every rank must leave at the same step."""

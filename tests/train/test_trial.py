@@ -128,6 +128,7 @@ def test_the_worst_stops_at_its_rung_and_the_others_finish(undisturbed: Trial) -
     for row in told.values():
         assert row.retention_change is not None and row.train_s and row.wall_s and row.wall_s > row.train_s
         assert (row.artifact_bytes is None) == (row.status == "stopped")
+        assert row.peak_bytes is None and row.host_peak_bytes and row.host_peak_bytes > 50e6  # Python with PyTorch
     stored = json.loads(undisturbed.table.read_text(encoding="utf-8"))
     assert [row["candidate"] for row in stored["rows"]] == list(told)
     assert stored["state"] == "finished"
@@ -142,15 +143,17 @@ def test_the_winner_can_be_submitted(user: User, undisturbed: Trial) -> None:
 
 
 def test_a_function_of_the_user_judges_the_answers(user: User, undisturbed: Trial) -> None:
-    """It is called in the train environment, on the answers of those that finished and of the base."""
+    """In the train environment, on the answers of those that finished and of the base; the best can be picked by it."""
     (user.home / "mine.py").write_text(
         "def judge(answer, reference, prompt):\n    return len(reference) + len(answer) / 1000\n"
     )
-    document = json.loads(user.trial(undisturbed.name, "--scorer", "mine.py:judge", "--json"))
+    words = ("--scorer", "mine.py:judge", "--objective", "score", "--json")
+    document = json.loads(user.trial(undisturbed.name, *words))
     scores = {row["candidate"]: row["score"] for row in document["rows"]}
     finished = [name for name, row in table(undisturbed).items() if row.status == "finished"]
     assert {name for name, score in scores.items() if score is not None} == set(finished)
     assert all(scores[name] > 1 for name in finished) and document["base_score"] > 1
+    assert scores[document["choice"]["candidate"]] == max(scores[name] for name in finished)
     (undisturbed.path / "scores.json").unlink()
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import statistics
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from rich.console import Console
 
 from launcher.errors import ConflictError, JobFailedError, RecipeError
 from launcher.recipe.load import load_recipe, recipe_to_yaml
-from launcher.report.trial import verdict
+from launcher.report.trial import print_table, verdict
 from launcher.runs import trial_folder
+from launcher.runs.folder import append_json_line, read_json, write_json
 from launcher.runs.trial_choice import choose, write_choice
 from launcher.runs.trial_confirm import confirmation_of
 from launcher.runs.trial_folder import Trial
 from launcher.runs.trial_progress import progress
+from launcher.runs.trial_scorer import scores_path
 from launcher.runs.trial_scores import failure_of
 from launcher.runs.trial_standing import stand
-from launcher.runs.trial_table import Row, rows, smallest_difference, ties, to_json
+from launcher.runs.trial_table import Row, confirmation, rows, smallest_difference, ties, to_json
+from launcher.verbs.trial import command
 from tests.tiny import make_recipe
 from tests.unit.runs.material import note_job
 from tests.unit.runs.trial_material import give_run, make_candidate, make_trial, reach
@@ -201,6 +209,25 @@ def test_a_price_makes_a_cost(tmp_path: Path) -> None:
     assert (row.wall_s, row.gpu_hours, row.cost, row.train_device_hours) == (1800.0, 4.0, 8.0, 2.0)
 
 
+def test_memory_is_the_hosts_where_there_is_no_gpu(finished: Trial) -> None:
+    """What each attempt had held at most when it left, paused or done; the column says whose memory it is."""
+    run = finished.run_of(stand_task(finished, "c"))
+    assert run is not None
+    run.record("stopped", attempt="1.0", reason="preempted", step=5, host_peak_bytes=5 * 2**30)
+    write_json(run.result, read_json(run.result) | {"host_peak_bytes": 4 * 2**30, "peak_bytes": None})
+    assert (table(finished)["c"].host_peak_bytes, table(finished)["b"].host_peak_bytes) == (5 * 2**30, None)
+    assert "HOST PEAK" in shown(finished) and "5.00 GiB" in shown(finished)
+    append_json_line(run.metrics, {"step": 3, "peak_bytes": 2**30})
+    assert "GPU PEAK" in shown(finished) and "5.00 GiB" not in shown(finished)
+
+
+def shown(trial: Trial) -> str:
+    """The table on a terminal."""
+    out, told = Console(width=300, record=True, file=io.StringIO()), rows(trial, stand(trial))
+    print_table(to_json(trial, stand(trial), told), told, console=out)
+    return out.export_text()
+
+
 def test_rejected_candidates_stay_in_the_table(tmp_path: Path) -> None:
     """With the planner's reason."""
     rejected = make_candidate("x", rejected="does not fit")
@@ -264,6 +291,59 @@ def test_quality_takes_the_cheapest_of_a_tie() -> None:
     choice = choose(told, "quality")
     assert choice.candidate == "b"
     assert "a tie with a" in choice.reasons[0]
+
+
+def scored(name: str, *scores: float, **facts: float) -> Row:
+    """A finished candidate whose answers were judged; by its losses it would be the better the later its name."""
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    given = row(name, *(200.0 - ord(name) for _ in scores), **facts)
+    return replace(given, score=statistics.mean(scores), scores=scores, score_spread=deviation, base_score=0.25)
+
+
+def test_score_takes_the_highest_mean_score() -> None:
+    """Whatever the losses say, and what was measured is told."""
+    told = [scored("a", 0.9, 0.92, 0.91), scored("b", 0.5, 0.52, 0.51)]
+    assert choose(told, "quality").candidate == "b"
+    choice = choose(told, "score")
+    assert (choice.candidate, choice.reasons[0]) == ("a", "highest mean score")
+    assert choice.reasons[1] == "score 0.9100 +- 0.0100; the base has 0.2500"
+    assert "b 0.5100" in choice.reasons
+
+
+def test_scores_closer_than_noise_are_a_tie() -> None:
+    """As of losses the cheapest by the plan; equal scores of one seed are one, too."""
+    near = [scored("a", 0.9, 0.8, 0.85, predicted_device_hours=5.0), scored("b", 0.84, 0.88, 0.8)]
+    assert ties(near, "score") == ["a", "b"]
+    assert choose(near, "score").candidate == "b"
+    assert (
+        choose([scored("a", 1.0), scored("b", 1.0, predicted_device_hours=0.5)], "score")
+        .reasons[0]
+        .startswith("the same score as a")
+    )
+
+
+def test_nobody_is_chosen_by_scores_that_nobody_gave(finished: Trial) -> None:
+    """A usage error that names what is missing, before anything is sent or started."""
+    with pytest.raises(RecipeError, match="--scorer"):
+        choose([row("a", 1.0)], "score")
+    asked = CliRunner().invoke(command, [str(finished.path), "--objective", "score"])
+    assert asked.exit_code == 2 and "--scorer" in asked.output
+    assert CliRunner().invoke(command, ["my.yaml", "--objective", "score"]).exit_code == 2
+
+
+def test_the_scores_of_the_seeds_are_kept(tmp_path: Path) -> None:
+    """The table has their mean and spread; a candidate of which one run was not judged has neither."""
+    trial = make_trial(tmp_path, "ab", seeds=(1, 2), shares=(Fraction(1),))
+    for name in "ab":
+        for seed in trial.seeds:
+            reach(trial, name, 0, 1.0, seed=seed)
+    runs = [run.run_id for run in trial.made()]
+    write_json(scores_path(trial), {"scores": {runs[0]: 0.5, runs[1]: 0.7, runs[2]: 0.1, "base": 0.2}})
+    told = table(trial)
+    assert (told["a"].score, told["a"].scores) == (0.6, (0.5, 0.7))
+    assert told["a"].score_spread == pytest.approx(0.1414, abs=1e-4)
+    assert (told["b"].score, told["b"].scores, told["b"].base_score) == (None, (), 0.2)
+    assert to_json(trial, stand(trial), rows(trial, stand(trial)))["score_ties"] == ["a"]
 
 
 def test_cost_and_quality_per_cost_count_time_in_steps() -> None:
@@ -334,6 +414,21 @@ def test_a_winner_is_confirmed_by_more_than_noise_or_not_at_all(tmp_path: Path) 
     assert confirmed(tmp_path / "1", a=apart, b=(3.0, 3.01, 3.02))["outcome"] == "confirmed"
     assert confirmed(tmp_path / "2", a=(3.0, 3.01, 3.02), b=apart)["outcome"] == "reversed"
     assert confirmed(tmp_path / "3", a=apart, b=close)["outcome"] == "tie"
+
+
+def test_a_winner_by_score_is_confirmed_by_scores(tmp_path: Path) -> None:
+    """Losses play no part; before the answers are judged, how to have them judged is said."""
+    by_score = trial_folder.Confirms(trial="tiny-1", winner="a", runner_up="b", by="score")
+    assert confirmation(by_score, [scored("a", 0.9, 0.91, 0.92), scored("b", 0.5, 0.51, 0.52)]) == "confirmed"
+    assert confirmation(by_score, [scored("a", 0.5, 0.51, 0.52), scored("b", 0.9, 0.91, 0.92)]) == "reversed"
+    trial = make_trial(tmp_path, "ab", shares=(Fraction(1),), seeds=(43, 44), confirms=by_score)
+    for name in "ab":
+        for seed in trial.seeds:
+            reach(trial, name, 0, 1.0 + seed, seed=seed)
+    told = rows(trial, stand(trial))
+    document = to_json(trial_folder.read_trial(trial.path), stand(trial), told)
+    assert document["confirms"]["outcome"] == "unknown"
+    assert f"launcher trial {trial.name} --scorer" in verdict(document, told)[0]
 
 
 def test_two_candidates_are_confirmed_on_the_rows_of_their_trial(finished: Trial, tmp_path: Path) -> None:
