@@ -5,9 +5,11 @@ It does what `launcher trial TRIAL` does, but starts nothing again that a person
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from launcher.errors import ConflictError, LauncherError
 from launcher.runs.trial import advance, remember
@@ -22,6 +24,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m launcher.runs.trial_job TRIAL_DIR", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, _leave)
     try:
         trial = read_trial(Path(argv[1]))
         standing = _advance(trial)
@@ -31,6 +34,11 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     print(f"{trial.name}: {'finished' if standing.finished else f'rung {standing.rung + 1} was sent'}")
     return 0
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """End in order: a lock that stayed behind on this node would keep everybody elsewhere out for a quarter hour."""
+    sys.exit(128 + number)
 
 
 def _advance(trial: Trial) -> Standing:

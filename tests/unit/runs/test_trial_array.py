@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from launcher.errors import ClusterError, JobFailedError, TemporaryError
 from launcher.recipe.load import load_recipe, recipe_to_yaml
 from launcher.runs import trial, trial_ending
 from launcher.runs.folder import RunFolder, append_json_line, read_json_lines
+from launcher.runs.lock import lock_path
 from launcher.runs.sending import silent
 from launcher.runs.slurm import find_jobs
 from launcher.runs.state import read_evidence
@@ -339,6 +345,22 @@ def test_what_is_sent_while_a_trial_is_cancelled_is_ended_by_its_sender(tmp_path
     with pytest.raises(JobFailedError, match="was cancelled"):
         trial.advance(made, say, wait=False)
     assert cluster.calls("scancel") == [["42_0"], ["42_1"], ["42_2"], ["42_3"]]
+
+
+def test_the_job_after_an_array_leaves_no_lock_when_it_is_ended(tmp_path: Path, cluster: FakeSlurm) -> None:
+    """Elsewhere nobody could tell that its process is gone, and going on would have to wait."""
+    made = make_trial(tmp_path)
+    go_on(made)
+    (cluster.folder / "squeue").write_text("#!/bin/bash\nexec sleep 600\n")
+    words = [sys.executable, "-m", "launcher.runs.trial_job", str(made.path)]
+    job = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
+    until = time.monotonic() + 120
+    while not lock_path(made.folder).exists():
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=120) == 128 + signal.SIGTERM
+    assert not lock_path(made.folder).exists()
 
 
 def test_a_trial_is_cancelled_even_where_slurm_does_not_answer(tmp_path: Path, cluster: FakeSlurm) -> None:
