@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from launcher.serving.model import Served
-from launcher.serving.rows import Row
+from launcher.serving.rows import Broken, Row
 from launcher.serving.sampling import choose
+from launcher.serving.scores import Scored, score
 
 
 class Cohort:
@@ -24,7 +25,7 @@ class Cohort:
 
     def __init__(self, model: Served, rows: Sequence[Row], cache: DynamicCache, mask: Tensor, logits: Tensor) -> None:
         self._model, self.rows, self._cache, self._mask = model, list(rows), cache, mask
-        self._next: list[int] = []
+        self._next: list[int] = [0] * len(self.rows)
         self._advance(logits)
 
     @property
@@ -44,8 +45,11 @@ class Cohort:
         mask = torch.cat([mask.new_ones(len(rows), before), mask], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
         named = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
-        logits = model.logits(rows, {named: inputs}, mask, positions, cache)
-        return cls(model, rows, cache, mask, logits)
+        whole = rows[0].scores_prompt  # such a row comes by itself, too
+        logits = model.logits(rows, {named: inputs}, mask, positions, cache, every=whole)
+        if whole and not _score_prompt(rows[0], logits[0]):
+            rows = []
+        return cls(model, rows, cache, mask, logits[: len(rows), -1])
 
     def step(self) -> None:
         """One more token for every row; rows that are finished or that nobody waits for leave."""
@@ -56,7 +60,7 @@ class Cohort:
         self._mask = torch.cat([self._mask, ones], dim=1)
         ids = torch.tensor(self._next, device=self._mask.device)[:, None]
         positions = self._mask.sum(1, keepdim=True) - 1
-        self._advance(self._model.logits(self.rows, {"input_ids": ids}, self._mask, positions, self._cache))
+        self._advance(self._model.logits(self.rows, {"input_ids": ids}, self._mask, positions, self._cache)[:, -1])
 
     def split(self) -> list[Cohort]:
         """Itself, or a cohort for each group that its rows have come to be in."""
@@ -83,15 +87,34 @@ class Cohort:
             pairs = ((mine.keys, its.keys), (mine.values, its.values))
             keys, values = (torch.cat([_widened(one, width, 2) for one in pair]) for pair in pairs)
             joined.update(keys, values, number)
-        self._cache = joined
-        self._mask = torch.cat([_widened(one, width, 1) for one in (self._mask, other._mask)])
+        # Before anything is changed: where memory ends, those who are here already go on.
+        mask = torch.cat([_widened(one, width, 1) for one in (self._mask, other._mask)])
+        self._cache, self._mask = joined, mask
         self.rows += other.rows
         self._next += other._next
 
     def _advance(self, logits: Tensor) -> None:
+        logits = self._sound(logits)
+        if not self.rows:
+            return
         self._next = choose(logits, [(row.sampling, row.generator) for row in self.rows])
-        going_on = [row.take(token) for row, token in zip(self.rows, self._next, strict=True)]
+        going_on = []
+        for row, token, one in zip(self.rows, self._next, logits, strict=True):
+            scored = None if row.alternatives is None else score(one[None], [token], row.alternatives)[0]
+            going_on.append(row.take(token, scored))
         self._keep([index for index, goes_on in enumerate(going_on) if goes_on])
+
+    def _sound(self, logits: Tensor) -> Tensor:
+        """The logits of the rows that have some; one adapter's overflow must not end its neighbours' answers."""
+        lost = logits.isnan().any(dim=-1).tolist()
+        if not any(lost):
+            return logits
+        for row, gone in zip(self.rows, lost, strict=True):
+            if gone:
+                row.sink(Broken(f"{row.entry.name}: its numbers overflow (NaN)"))
+        kept = [index for index, gone in enumerate(lost) if not gone]
+        self._keep(kept)
+        return logits[kept]
 
     def _keep(self, kept: list[int]) -> None:
         if len(kept) == len(self.rows):
@@ -128,6 +151,13 @@ def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     batch = torch.stack([_widened(prompt, width, 0) for prompt in prompts])
     masks = [_widened(torch.ones(len(one), dtype=torch.long, device=one.device), width, 0) for one in prompts]
     return batch, torch.stack(masks)
+
+
+def _score_prompt(row: Row, logits: Tensor) -> bool:
+    """Tell the prompt's scores by its logits (T, V; virtual tokens come first); whether the row goes on."""
+    length = len(row.prompt)
+    rest = score(logits[len(logits) - length : -1], row.prompt[1:], row.alternatives or 0)
+    return row.take_prompt([Scored(row.prompt[0], None), *rest])
 
 
 def _with_prefix(model: Served, row: Row) -> tuple[DynamicCache, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -70,25 +70,35 @@ class Engine:
     def load(self) -> dict[str, int]:
         """How many answers are made now, and how many wait."""
         with self._changed:
-            running = {id(row) for row in (*self._reading, *self._rows())}
-            return {"running": len(running), "waiting": len(self._waiting)}
+            return {"running": self._running(), "waiting": len(self._waiting)}
 
-    def submit(self, row: Row) -> None:
-        """Ask for an answer.
+    def _running(self) -> int:
+        return len({id(row) for row in (*self._reading, *self._rows())})
+
+    def submit(self, *rows: Row) -> None:
+        """Ask for answers: for all of them, or for none.
 
         Raises:
-            ApiError: 429; too many wait. 404: the adapter was unloaded a moment ago. 503: the server ends.
+            ApiError: 429; too many wait. 400: these alone are too many. 404: the adapter was unloaded a moment ago.
+                503: the server ends.
         """
         with self._changed:
             if self._stopping or not self.alive:
                 raise ApiError(503, "the server ends")
-            if row.entry.key in self._gone:
-                raise no_such_model(row.entry.name, [])
+            for row in rows:
+                if row.entry.key in self._gone:
+                    raise no_such_model(row.entry.name, [])
             self._forget_cancelled()
-            if len(self._waiting) >= self._limits.waiting:
-                raise ApiError(429, f"{len(self._waiting)} requests wait already; try again later", code="queue_full")
-            self._waiting.append(row)
+            self._refuse_too_many(len(rows))
+            self._waiting += rows
             self._changed.notify()
+
+    def _refuse_too_many(self, new: int) -> None:
+        most = self._limits.rows + self._limits.waiting
+        if new > most:
+            raise ApiError(400, f"one request for {new} answers; this server takes {most} at most")
+        if self._running() + len(self._waiting) + new > most:
+            raise ApiError(429, f"{len(self._waiting)} answers wait already; try again later", code="queue_full")
 
     def _forget_cancelled(self) -> None:
         self._waiting = deque(row for row in self._waiting if not row.cancelled)
@@ -149,7 +159,7 @@ class Engine:
             new = self._reading = self._admitted()
         self._read(new)
         self._reading = []
-        self._cohorts = [part for cohort in self._cohorts if cohort.rows for part in cohort.split()]
+        self._cohorts = [part for cohort in self._cohorts if cohort.rows for part in self._split(cohort)]
         for cohort in self._cohorts:
             self._step(cohort)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
@@ -170,7 +180,8 @@ class Engine:
 
     def _fits(self, new: list[Row], row: Row) -> bool:
         longest = max(len(one.prompt) for one in (*new, row))
-        together = self._model.can_join and not any(self._model.reads_by_itself(one.entry) for one in (*new, row))
+        apart = any(one.scores_prompt or self._model.reads_by_itself(one.entry) for one in (*new, row))
+        together = self._model.can_join and not apart
         return together and self._same(new[0], row) and longest * (len(new) + 1) <= _READ_TOKENS
 
     def _same(self, one: Row, other: Row) -> bool:
@@ -189,6 +200,14 @@ class Engine:
                 others.join(cohort)
         except Exception as error:
             _break(new, error)
+
+    @staticmethod
+    def _split(cohort: Cohort) -> Sequence[Cohort]:
+        try:
+            return cohort.split()
+        except Exception as error:
+            _break(cohort.rows, error)
+            return []
 
     @staticmethod
     def _step(cohort: Cohort) -> None:

@@ -5,6 +5,7 @@ An ASGI middleware of its own, since a framework's would have read the body firs
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Rules:
     token: str | None
     """Asked of everybody; None on loopback only."""
     body_bytes: int
+    body_s: float = 60.0
+    """In which a body must have come: whoever sends it letter by letter holds a connection meanwhile."""
 
 
 class Guard:
@@ -44,11 +47,18 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check(scope, headers)
-            body = await _read(receive, self._rules.body_bytes) if scope["method"] == "POST" else None
+            body = await self._body(receive) if scope["method"] == "POST" else None
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive) if body is not None else receive, send)
+
+    async def _body(self, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self._rules.body_s):
+                return await _read(receive, self._rules.body_bytes)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {self._rules.body_s:g} s") from None
 
     def _check(self, scope: Message, headers: dict[str, str]) -> None:
         if self._rules.token is None:
@@ -61,7 +71,7 @@ class Guard:
             # A web page may send anything else from its reader's browser to this machine without being asked.
             raise ApiError(415, "Content-Type must be application/json")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._rules.body_bytes:
+        if not (length.isascii() and length.isdigit()) or int(length) > self._rules.body_bytes:
             raise _too_large(self._rules.body_bytes)
 
 

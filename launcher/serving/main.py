@@ -6,6 +6,7 @@ name of the token's variable.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from launcher.serving.app import make_app
 from launcher.serving.engine import Engine, Limits
 from launcher.serving.guard import LOOPBACK, Rules
 from launcher.serving.model import Served, load_base
-from launcher.serving.names import BASE, Entry, Names
+from launcher.serving.names import BASE, Names, new_entry
 from launcher.serving.opened import BaseFacts, load_tokenizer, open_adapter
 from launcher.serving.problems import ApiError
 from launcher.serving.service import Service
@@ -46,8 +47,8 @@ def serve(asked: dict[str, Any]) -> int:
         lifespan="off",
         timeout_graceful_shutdown=asked["grace_s"],
     )
-    service.engine.start()
     _tell(asked, listener, service)
+    service.engine.start()
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
@@ -70,14 +71,24 @@ def _token(asked: dict[str, Any]) -> str | None:
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 is replaced by a free one. Nobody is let in before the model is there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = None
     try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ClusterError(f"cannot listen at {host}:{port}: {error.strerror}; --port 0 takes a free one") from error
+    except (OSError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> ClusterError:
+    place = f"{f'[{host}]' if ':' in host else host}:{port}"
+    said = getattr(error, "strerror", None) or str(error)
+    taken = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+    fix = "--port 0 takes a free one" if taken else "--host 127.0.0.1 is this machine alone"
+    return ClusterError(f"cannot listen at {place}: {said}; {fix}")
 
 
 def make_service(asked: dict[str, Any]) -> Service:
@@ -95,7 +106,7 @@ def make_service(asked: dict[str, Any]) -> Service:
     ]
     tokenizer = load_tokenizer(folder)
     model = Served(load_base(folder, dtype=base["dtype"], quantization=base["quantization"], device=device), device)
-    names = Names(Entry(name=base["name"], key=BASE, tokenizer=tokenizer, folder=str(folder)))
+    names = Names(new_entry(base["name"], BASE, tokenizer, folder))
     service = Service(
         names=names,
         engine=Engine(model, Limits(rows=asked["rows"], waiting=asked["waiting"])),
@@ -120,14 +131,17 @@ def _device(wanted: str) -> str:
 
 def _context(wanted: int | None, own: int | None) -> int:
     if wanted is not None and own is not None and wanted > own:
-        raise RecipeError(f"--context {wanted}: this base was made for {own} positions")
+        raise RecipeError(f"--context {wanted}: answers in one batch share {own} positions of this base at most")
     return wanted or own or 2048
 
 
 def _tell(asked: dict[str, Any], listener: socket.socket, service: Service) -> None:
     """Where it is, on stdout: the one line that scripts wait for."""
     host, port = listener.getsockname()[:2]
-    listener.listen(128)
+    try:
+        listener.listen(128)
+    except OSError as error:  # another server bound the port while this one's model was loaded, and listens
+        raise _cannot_listen(host, port, error) from error
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     if asked["json"]:
         print(json.dumps({"schema": 1, "url": url, "models": service.served}), flush=True)

@@ -75,9 +75,11 @@ class Served:
 
     @property
     def context(self) -> int | None:
-        """Positions that the base was made for."""
-        found = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
-        return int(found) if found else None
+        """Positions that the base was made for, and that rows of one batch can share."""
+        config = self._base.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        short = _one_scale(getattr(config, "rope_parameters", None) or {})
+        return min((int(one) for one in (found, short) if one), default=None)
 
     @property
     def vocabulary(self) -> int:
@@ -104,8 +106,8 @@ class Served:
             with warnings.catch_warnings():
                 # What PEFT would only warn of is compared below.
                 warnings.simplefilter("ignore")
-                self._add_weights(key, str(opened.folder))
-            self._refuse_lost(key, opened.folder)
+                self._add_weights(key, str(opened.readable))
+            self._refuse_lost(key, opened)
         except Exception as error:
             self._undo(key)
             if isinstance(error, ModelError):
@@ -135,13 +137,13 @@ class Served:
             self._tuned.load_adapter(folder, adapter_name=key, torch_device=self.device)
             self._tuned.eval()
 
-    def _refuse_lost(self, key: str, folder: Path) -> None:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+    def _refuse_lost(self, key: str, opened: Opened) -> None:
+        with safe_open(opened.readable / WEIGHTS, framework="pt") as file:
             on_disk = set(file.keys())
         loaded = peft.get_peft_model_state_dict(self._tuned, adapter_name=key, save_embedding_layers=False).keys()
         lost = sorted(on_disk ^ set(loaded))
         if lost:
-            raise ModelError(f"{folder}: {len(lost)} tensors do not load, such as {lost[0]}")
+            raise ModelError(f"{opened.folder}: {len(lost)} tensors do not load, such as {lost[0]}")
 
     def _undo(self, key: str) -> None:
         """The model as it was before an adapter that could not be added."""
@@ -210,17 +212,22 @@ class Served:
         mask: Tensor,
         positions: Tensor,
         cache: DynamicCache,
+        *,
+        every: bool = False,
     ) -> Tensor:
-        """Logits after the last token of every row (B, V), each with its own adapter; `cache` grows."""
+        """Logits after the last token of every row (B, 1, V), each with its own adapter; `cache` grows.
+
+        `every`: after each token (B, T, V).
+        """
         given: dict[str, Any] = {**inputs, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         given |= {"position_ids": positions} if "position_ids" in self._takes else {}
-        given |= {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+        given |= {"logits_to_keep": 1} if "logits_to_keep" in self._takes and not every else {}
         try:
-            found: Tensor = self._forward(rows, given).logits[:, -1]
+            found: Tensor = self._forward(rows, given).logits
         except BaseException:
             self._forget_hooks()
             raise
-        return found
+        return found if every else found[:, -1:]
 
     def group(self, entry: Entry) -> str | None:
         """Rows of one group can share a forward pass; None: all that PEFT mixes. Changes as adapters come and go."""
@@ -258,6 +265,16 @@ class Served:
     def _activate(self, key: str) -> None:
         if self._tuned.active_adapter != key:
             self._tuned.set_adapter(key, inference_mode=True)
+
+
+def _one_scale(rope: Mapping[str, Any]) -> int | None:
+    """Up to where longrope (Ding et al., arXiv 2402.13753) turns all positions alike; None: it is not longrope.
+
+    Beyond, the library turns every row of a batch by the longest one's scale, and keys that are held keep theirs.
+    """
+    each = rope.values() if rope and all(isinstance(one, Mapping) for one in rope.values()) else [rope]
+    found = [one.get("original_max_position_embeddings") for one in each if one.get("rope_type") == "longrope"]
+    return min((int(one) for one in found if one), default=None)
 
 
 def _can_join(base: PreTrainedModel) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.serving.problems import ApiError, no_such_model
@@ -23,7 +24,15 @@ class Entry:
     tokenizer: Any
     """Its own, as its template may differ from the base's."""
     folder: str
+    longest_token: int = 1
+    """Characters of the longest token: but for unknown words, no token stands for more of a text."""
     created_s: int = field(default_factory=lambda: int(time.time()))
+
+
+def new_entry(name: str, key: str, tokenizer: Any, folder: Path) -> Entry:
+    """An entry as its tokenizer has it."""
+    longest = max(map(len, tokenizer.get_vocab()), default=1)
+    return Entry(name=name, key=key, tokenizer=tokenizer, folder=str(folder), longest_token=longest)
 
 
 class Names:
@@ -101,9 +110,10 @@ class Names:
         """GET /v1/models."""
         with self._lock:
             entries = list(self._entries.values())
-        return [self._listed(entry) for entry in entries]
+        return [self.told(entry) for entry in entries]
 
-    def _listed(self, entry: Entry) -> dict[str, Any]:
+    def told(self, entry: Entry) -> dict[str, Any]:
+        """GET /v1/models/NAME."""
         parent = None if entry is self._base else self._base.name
         return {
             "id": entry.name,

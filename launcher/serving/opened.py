@@ -9,6 +9,7 @@ and values that have been read already.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.adapters.lineage import WEIGHTS, Adapter, read_adapter, refuse_other_base
 from launcher.errors import ConflictError, ModelError, RecipeError, raise_all
+from launcher.serving.folding import folded
 
 _SPECIAL = ("modules_to_save", "target_parameters", "trainable_token_indices")
+_KINDS = ("LORA", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING")
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter that leave the base's weights alone; the others change them when it is loaded."""
+_VARIANTS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "monteclora_config", "use_bdlora",
+             "arrow_config", "kasa_config", "velora_config", "megatron_config")  # fmt: skip
+"""Kinds of LoRA that do more than add a product, each in its own way."""
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -42,6 +50,13 @@ class Opened:
     """Prompt tuning: tokens x width of the model."""
     prefix: Tensor | None = None
     """Prefix tuning: layers x 2 x heads x tokens x numbers per head."""
+    as_lora: tempfile.TemporaryDirectory[str] | None = None
+    """AdaLoRA: the same as plain LoRA, on disk for as long as this is held."""
+
+    @property
+    def readable(self) -> Path:
+        """The folder that PEFT reads."""
+        return Path(self.as_lora.name) if self.as_lora is not None else self.folder
 
     @property
     def in_model(self) -> bool:
@@ -78,11 +93,11 @@ def open_adapter(folder: Path, base: BaseFacts, *, trusted: bool) -> Opened:
     opened = Opened(
         folder=folder,
         alone=bool(found.config.get("use_dora")),
-        special=any(
-            found.config.get(name) for name in ("modules_to_save", "target_parameters", "trainable_token_indices")
-        ),
+        special=any(found.config.get(name) for name in _SPECIAL),
         tokenizer=load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None,
     )
+    if kind == "ADALORA":
+        return dataclasses.replace(opened, as_lora=folded(found))
     if kind == "PROMPT_TUNING":
         return dataclasses.replace(opened, virtual=virtual)
     return dataclasses.replace(opened, prefix=_as_prefix(found, virtual)) if virtual is not None else opened
@@ -91,10 +106,22 @@ def open_adapter(folder: Path, base: BaseFacts, *, trusted: bool) -> Opened:
 def _refuse_kind(found: Adapter) -> None:
     config, problems = found.config, []
     kind = str(config.get("peft_type"))
-    if kind not in ("LORA", "PROMPT_TUNING", "PREFIX_TUNING"):
+    if kind not in _KINDS:
         problems.append(
-            f"a {kind} adapter cannot stand beside others; merge it (launcher merge --whole) and serve that"
+            f"its kind is {kind}, which cannot stand beside others; merge it (launcher merge --whole) and serve that"
         )
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        problems.append(f"its task is {task}, and only CAUSAL_LM writes text")
+    start = config.get("init_lora_weights", True)
+    if kind == "LORA" and start not in _STARTS:
+        problems.append(
+            f"it changes the base's own weights when it is loaded (init_lora_weights: {start}), which all would share; "
+            "merge it, or save it as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    odd = [name for name in _VARIANTS if config.get(name)]
+    if odd:
+        problems.append(f"it is a variant of LoRA that is not served here ({', '.join(odd)}); merge it")
     if config.get("bias", "none") != "none":
         problems.append(f"it trained biases of the base (bias: {config['bias']}), which all would share; merge it")
     raise_all(RecipeError, [f"{found.folder}: {problem}" for problem in problems])
@@ -176,7 +203,7 @@ def refuse_other_shapes(opened: Opened, model: nn.Module) -> None:
     if not opened.in_model or opened.alone or opened.special:
         return
     modules = dict(model.named_modules())
-    wrong = [name for name, tensor in load_file(opened.folder / WEIGHTS).items() if not _fits(name, tensor, modules)]
+    wrong = [name for name, tensor in load_file(opened.readable / WEIGHTS).items() if not _fits(name, tensor, modules)]
     if wrong:
         raise ModelError(f"{opened.folder}: {len(wrong)} tensors fit no module of this base, such as {wrong[0]}")
 

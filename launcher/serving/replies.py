@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from launcher.serving.scores import Say, Scored, as_chat, as_completion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,36 +24,59 @@ class Usage:
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
 
 
+@dataclass(kw_only=True, slots=True)
+class Choice:
+    """One of a request's answers, as it grows."""
+
+    text: str
+    scored: tuple[Scored, ...] = ()
+    reason: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """One answer's identity, and whether it is a chat's or a completion's."""
 
     model: str
     chat: bool
+    say: Say | None = None
+    """A token's own text, where scores are asked for."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created_s: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, reason: str, usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """An answer that is not streamed."""
+        told = [self._whole(index, choice) for index, choice in enumerate(choices)]
+        return self._body("chat.completion" if self.chat else "text_completion", told) | {"usage": usage.body()}
+
+    def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
         if self.chat:
-            part: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            part: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
         else:
-            part = {"text": text}
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
-        return self._body("chat.completion" if self.chat else "text_completion", [choice]) | {"usage": usage.body()}
+            part = {"text": choice.text}
+        logprobs = self._logprobs(choice.scored, 0)
+        return {"index": index, **part, "logprobs": logprobs, "finish_reason": choice.reason}
 
-    def first(self) -> Iterator[dict[str, Any]]:
-        """What a stream begins with: a chat says who speaks."""
+    def _logprobs(self, scored: Sequence[Scored], offset: int) -> dict[str, Any] | None:
+        if self.say is None:
+            return None
+        return as_chat(scored, self.say) if self.chat else as_completion(scored, self.say, offset)
+
+    def first(self, index: int, echo: str) -> Iterator[dict[str, Any]]:
+        """What a choice's stream begins with: a chat says who speaks."""
         if self.chat:
-            yield self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
+            yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+        elif echo:
+            yield self._chunk(index, {"text": echo})
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """A part of the text."""
-        return self._chunk({"delta": {"content": text}} if self.chat else {"text": text}, None)
+    def piece(self, index: int, text: str, scored: Sequence[Scored], offset: int) -> dict[str, Any]:
+        """A part of a choice's text; `offset`: characters before it."""
+        part = {"delta": {"content": text}} if self.chat else {"text": text}
+        return self._chunk(index, part, logprobs=self._logprobs(scored, offset))
 
-    def last(self, reason: str) -> dict[str, Any]:
-        """Why the text ends."""
-        return self._chunk({"delta": {}} if self.chat else {"text": ""}, reason)
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        """Why a choice's text ends."""
+        return self._chunk(index, {"delta": {}} if self.chat else {"text": ""}, reason=reason)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The counts, at the very end."""
@@ -61,8 +86,15 @@ class Form:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, part: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self,
+        index: int,
+        part: dict[str, Any],
+        *,
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": reason}
         return self._body(self._chunk_kind, [choice])
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-5
+"""Below this a temperature is 0: probabilities could not be told from those of the likeliest token alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -36,7 +39,7 @@ def choose(logits: Tensor, rows: Sequence[tuple[Sampling, torch.Generator]]) -> 
     """
     chosen: list[int] = logits.argmax(dim=-1).tolist()
     for index, (sampling, generator) in enumerate(rows):
-        if sampling.temperature > 0:
+        if sampling.temperature >= _COLDEST:
             chosen[index] = _sample(logits[index].float().cpu(), sampling, generator)
     return chosen
 

@@ -26,7 +26,9 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     help="How the base is held; auto: as the adapters were trained (4 bits for QLoRA).",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine need --token-env.")
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one and prints it.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one and prints it."
+)
 @click.option("--token-env", metavar="NAME", help="Variable that holds the token clients must send.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of prompt and answer [the base's positions].")
 @click.option("--max-rows", type=click.IntRange(min=1), default=8, show_default=True, help="Answers made at once.")

@@ -205,14 +205,19 @@ BAD = [
     ({"prompt": "x"}, 400, "model"),
     ({"model": "red"}, 400, "prompt"),
     ({"model": "red", "prompt": ""}, 400, "empty"),
-    ({"model": "red", "prompt": ["x", "y"]}, 400, "2 prompts in one request"),
-    ({"model": "red", "prompt": [5, 100_000]}, 400, "no token 100000"),
+    ({"model": "red", "prompt": ["x", ""]}, 400, "empty"),
+    ({"model": "red", "prompt": [5, 100_000]}, 400, "no embedding of the token 100000"),
+    ({"model": "red", "prompt": [5] * 10_000}, 400, "the prompt has 10000"),
+    ({"model": "red", "prompt": "a b" * 100_000}, 400, "the prompt has at least"),
     ({"model": "red", "prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ({"model": "red", "prompt": "x", "max_tokens": 4000}, 400, "context is 2048 tokens"),
     ({"model": "red", "prompt": "x", "temperature": 3}, 400, "temperature"),
     ({"model": "red", "prompt": "x", "temperature": "hot"}, 400, "temperature"),
-    ({"model": "red", "prompt": "x", "n": 2}, 400, "n=2 is not supported here; only 1, null"),
-    ({"model": "red", "prompt": "x", "logprobs": 5}, 400, "logprobs=5"),
+    ({"model": "red", "prompt": "x", "n": 100}, 400, "one request for 100 answers; this server takes 80 at most"),
+    ({"model": "red", "prompt": "x", "best_of": 2}, 400, "best_of=2 is not supported here; only 1, null"),
+    ({"model": "red", "prompt": "x", "logprobs": 21}, 400, "logprobs"),
+    ({"model": "red", "prompt": "x", "suffix": "y"}, 400, "suffix='y'"),
+    ({"model": "red", "prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format="),
     ({"model": "red", "prompt": "x", "top_k": 5}, 400, "top_k is not supported here"),
     ({"model": "red", "prompt": "x", "stop": [""]}, 400, "stop"),
     ({"model": "red", "prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream: true"),
@@ -226,6 +231,83 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, status, words):
     assert told.status_code == status
     assert words in told.json()["error"]["message"], told.text
     assert set(told.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def plain_peft(trained, name):
+    """Base and adapter, loaded by the libraries alone."""
+    model = AutoModelForCausalLM.from_pretrained(trained["red"].base, dtype=torch.float32)
+    if name != "base":
+        model = PeftModel.from_pretrained(model, trained[name].adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(trained["red"].base)
+
+
+def test_one_request_may_ask_for_several_answers(server):
+    """Several prompts, `n` of each: choices in their order, each what it is alone; a prompt's tokens count once."""
+    prompts = PROMPTS[:2]
+    alone = [complete(server, "red", prompt).choices[0].text for prompt in prompts]
+    told = complete(server, "red", prompts, n=2)
+    assert [one.index for one in told.choices] == [0, 1, 2, 3]
+    assert [one.text for one in told.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert told.usage.completion_tokens == 4 * 24
+    assert told.usage.prompt_tokens == sum(complete(server, "red", one).usage.prompt_tokens for one in prompts)
+
+    streamed = {}
+    for chunk in complete(server, "red", prompts, n=2, stream=True):
+        streamed[chunk.choices[0].index] = streamed.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert [streamed[index] for index in range(4)] == [one.text for one in told.choices]
+
+
+def test_choices_of_one_request_differ_and_come_again_with_the_seed(server):
+    """The first is what the seed gives alone."""
+    asked = {"temperature": 1.5, "seed": 7}
+    told = [[one.text for one in complete(server, "blue", PROMPTS[0], n=3, **asked).choices] for _ in range(2)]
+    assert told[0] == told[1]
+    assert len(set(told[0])) == 3
+    assert told[0][0] == complete(server, "blue", PROMPTS[0], **asked).choices[0].text
+
+
+@pytest.mark.parametrize("name", ["base", "red", "prompt", "prefix"])
+def test_logprobs_are_those_of_the_model(server, trained, name):
+    """Prompt and answer, as evaluation harnesses ask: each token's own, and the likeliest beside it."""
+    model, tokenizer = plain_peft(trained, name)
+    told = complete(server, name, PROMPTS[0], 6, logprobs=3, echo=True).choices[0]
+    assert told.text.startswith(PROMPTS[0])
+    prompt = tokenizer(PROMPTS[0])["input_ids"]
+    ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]
+    wanted = torch.log_softmax(logits, dim=-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert told.logprobs.token_logprobs[0] is None
+    assert torch.tensor(told.logprobs.token_logprobs[1:]) == pytest.approx(wanted, abs=1e-3)
+    assert told.logprobs.tokens == [tokenizer.decode([one]) for one in ids[0].tolist()]
+    best = max(told.logprobs.top_logprobs[-1].items(), key=lambda one: one[1])
+    assert best == (told.logprobs.tokens[-1], told.logprobs.token_logprobs[-1])
+    scored = complete(server, name, prompt, 0, logprobs=0, echo=True)
+    assert scored.choices[0].logprobs.token_logprobs == told.logprobs.token_logprobs[: len(prompt)]
+    assert (scored.usage.completion_tokens, scored.choices[0].finish_reason) == (0, "length")
+
+
+def test_a_chats_logprobs_are_the_same_streamed_or_not(server):
+    """One entry for each token of the answer, with as many alternatives as were asked for."""
+    asked = {"model": "red", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 12}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    client = server.client()
+    at_once = client.chat.completions.create(**asked).choices[0]
+    assert len(at_once.logprobs.content) == 12
+    assert {len(one.top_logprobs) for one in at_once.logprobs.content} == {2}
+    assert all(one.top_logprobs[0].token == one.token for one in at_once.logprobs.content), "greedy takes the likeliest"
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    streamed = [one for chunk in chunks if chunk.logprobs for one in chunk.logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in at_once.logprobs.content]
+
+
+def test_an_answer_goes_back_as_a_message(server):
+    """How every chat goes on with the real client."""
+    client = server.client()
+    messages = [{"role": "user", "content": "Hello"}]
+    first = client.chat.completions.create(model="red", messages=messages, max_tokens=4).choices[0].message
+    messages += [first, {"role": "user", "content": "And then?"}]
+    assert client.chat.completions.create(model="red", messages=messages, max_tokens=4).usage.completion_tokens == 4
 
 
 def test_the_client_raises_its_own_errors(server):
@@ -263,6 +345,16 @@ def test_errors_of_the_protocol_have_the_same_form(server):
     torn = httpx.post(f"{server.url}/completions", content="{", headers=headers, timeout=PATIENCE_S)
     assert torn.status_code == 400
     assert torn.json()["error"]["message"].startswith("the body is not JSON")
+    half = httpx.post(
+        f"{server.url}/completions",
+        content=r'{"model": "red", "prompt": "\ud800"}',
+        headers=headers,
+        timeout=PATIENCE_S,
+    )
+    assert (half.status_code, half.json()["error"]["param"]) == (400, "prompt")
+    wrong = httpx.get(f"{server.url}/completions", timeout=PATIENCE_S)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert httpx.head(server.url.replace("/v1", "/health"), timeout=PATIENCE_S).status_code == 200
     nothing = httpx.get(f"{server.url}/nothing", timeout=PATIENCE_S)
     assert nothing.json()["error"]["message"] == "GET /v1/nothing: Not Found"
 
@@ -344,14 +436,17 @@ def test_adapters_that_do_not_belong_here_are_refused_and_leave_no_trace(server,
         base.model.norm.weight += 1
     base.save_pretrained(other.base)
     foreign = train_adapter(tmp_path / "other", "lora")
-    adalora = train_adapter(tmp_path / "adalora", "adalora")
+    kind = tmp_path / "kind"
+    shutil.copytree(trained["red"].adapter, kind)
+    config = json.loads((kind / "adapter_config.json").read_text())
+    (kind / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     torn = tmp_path / "torn"
     shutil.copytree(trained["red"].adapter, torn)
     weights = torn / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused = {
         str(foreign.adapter): "weights are not those that",
-        str(adalora.adapter): "a ADALORA adapter cannot stand beside others",
+        str(kind): "its kind is LOHA, which cannot stand beside others",
         str(torn): "no adapter that can be opened",
         str(tmp_path / "nothing"): "no adapter that can be opened",
     }

@@ -1,15 +1,20 @@
 """The serving engine without HTTP: every kind of attention and of base gives in a batch what each row gives alone."""
 
 import json
+import re
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import peft
 import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from launcher.adapters.lineage import WEIGHTS
 from launcher.serving.engine import Engine, Limits
 from launcher.serving.model import Served, load_base
 from launcher.serving.names import BASE, Entry
@@ -39,6 +44,12 @@ MODELS = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "mistral, window 8": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
     "gemma3, window 8": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=EVERY_OTHER),
+    "gemma2, window 8": lambda: transformers.Gemma2Config(**SIZES, sliding_window=8, layer_types=EVERY_OTHER),
+    "qwen3, window 8": lambda: transformers.Qwen3Config(
+        **SIZES, use_sliding_window=True, sliding_window=8, layer_types=EVERY_OTHER
+    ),
+    "phi3, window 8": lambda: transformers.Phi3Config(**SIZES, sliding_window=8),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES, hidden_dropout=0.0),
     "qwen3-next": lambda: transformers.Qwen3NextConfig(**SIZES, **LINEAR, **EXPERTS),
 }
 
@@ -213,45 +224,9 @@ def test_kinds_that_peft_does_not_mix_answer_beside_those_that_it_does(family, t
     assert len({sink.text for sink in told[: len(names)]}) == len(names)
 
 
-def test_an_adapter_that_ends_mixing_may_come_into_a_batch_under_way(tmp_path):
-    """Rows that were read together go on apart, each as alone; also when it has gone, as PEFT leaves its wrappers."""
-    base = make_model_dir(tmp_path / "model")
-    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
-    plain, head = (peft_adapter(base, tmp_path / name, **KINDS["llama"][name]) for name in ("plain", "head"))
-    served = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu")
-    served.add("adapter_1_", open_adapter(plain, facts, trusted=True))
-    engine = Engine(served, Limits(rows=16, waiting=16))
-    first, second = row(entry(), prompts()[0]), row(entry("plain", "adapter_1_"), prompts()[1])
-    groups = []
-
-    class Watching(Told):
-        """Brings the other adapter in at the row's first token and sends it away at its tenth."""
-
-        def __call__(self, event):
-            super().__call__(event)
-            groups.append(served.group(first.entry))
-            if len(groups) == 1:
-                engine.call(lambda: served.add("adapter_2_", open_adapter(head, facts, trusted=True)))
-            if len(groups) == 10:
-                engine.retire("adapter_2_")
-
-    first.sink = Watching()
-    engine.start()
-    try:
-        for one in (second, first):
-            engine.submit(one)
-        assert all(one.sink.done.wait(600) for one in (first, second))
-    finally:
-        engine.stop()
-    assert groups[0] is None
-    assert groups[-1] == BASE
-    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    assert first.sink.tokens == greedy(alone, first.prompt)
-    assert second.sink.tokens == greedy(PeftModel.from_pretrained(alone, plain).eval(), second.prompt)
-
-
-def test_rows_that_wait_while_mixing_ends_are_not_read_together(tmp_path):
-    """The adapter and the rows come at the same moment: each row has the weights it asked for."""
+@pytest.fixture
+def ending(tmp_path):
+    """A base and a plain adapter that PEFT mixes, and another adapter that ends this for all."""
     base = make_model_dir(tmp_path / "model")
     facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
     plain, head = (peft_adapter(base, tmp_path / name, **KINDS["llama"][name]) for name in ("plain", "head"))
@@ -259,21 +234,157 @@ def test_rows_that_wait_while_mixing_ends_are_not_read_together(tmp_path):
     served.add("adapter_1_", open_adapter(plain, facts, trusted=True))
     engine = Engine(served, Limits(rows=16, waiting=16))
     rows = [row(entry(), prompts()[0]), row(entry("plain", "adapter_1_"), prompts()[1])]
-
-    def at_one_moment():
-        for one in rows:
-            engine.submit(one)
-        engine.call(lambda: served.add("adapter_2_", open_adapter(head, facts, trusted=True)))
-
+    ending = Ending(served, engine, rows, lambda: served.add("adapter_2_", open_adapter(head, facts, trusted=True)))
     engine.start()
-    try:
-        engine.call(at_one_moment)
-        assert all(one.sink.done.wait(600) for one in rows)
-    finally:
-        engine.stop()
+    yield ending
+    engine.stop()
     alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert rows[0].sink.tokens == greedy(alone, rows[0].prompt)
     assert rows[1].sink.tokens == greedy(PeftModel.from_pretrained(alone, plain).eval(), rows[1].prompt)
+
+
+@dataclass
+class Ending:
+    """What `ending` is made of; in the end its rows, of the base and of the plain adapter, are answered as alone."""
+
+    served: Served
+    engine: Engine
+    rows: list
+    end_mixing: Callable
+
+    def wait(self):
+        """Until both rows are answered."""
+        assert all(one.sink.done.wait(600) for one in self.rows)
+
+
+def test_an_adapter_that_ends_mixing_may_come_into_a_batch_under_way(ending):
+    """Rows that were read together go on apart, each as alone; also when it has gone, as PEFT leaves its wrappers."""
+    first, second = ending.rows
+    groups = []
+
+    class Watching(Told):
+        """Brings the other adapter in at the row's first token and sends it away at its tenth."""
+
+        def __call__(self, event):
+            super().__call__(event)
+            groups.append(ending.served.group(first.entry))
+            if len(groups) == 1:
+                ending.engine.call(ending.end_mixing)
+            if len(groups) == 10:
+                ending.engine.retire("adapter_2_")
+
+    first.sink = Watching()
+    for one in (second, first):
+        ending.engine.submit(one)
+    ending.wait()
+    assert groups[0] is None
+    assert groups[-1] == BASE
+
+
+def test_rows_that_wait_while_mixing_ends_are_not_read_together(ending):
+    """The adapter and the rows come at the same moment: each row has the weights it asked for."""
+
+    def at_one_moment():
+        ending.engine.submit(*ending.rows)
+        ending.engine.call(ending.end_mixing)
+
+    ending.engine.call(at_one_moment)
+    ending.wait()
+    assert ending.served.group(ending.rows[0].entry) == BASE
+
+
+def test_an_adalora_adapter_answers_in_a_batch_as_the_lora_that_it_is(tmp_path):
+    """Folded when it is opened: its logits are PEFT's own for AdaLoRA, and it stands beside others and the base."""
+    trained = train_adapter(tmp_path, "adalora", steps=20)
+    ranks = {len(one) for name, one in load_file(trained.adapter / WEIGHTS).items() if "lora_A" in name}
+    assert len(ranks) > 1, "none of its matrices lost a rank: train it longer"
+    facts = BaseFacts(folder=trained.base, quantization=None, any_rounding=False)
+    opened = open_adapter(trained.adapter, facts, trusted=False)
+    alone, again = (AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32) for _ in range(2))
+    tuned = PeftModel.from_pretrained(alone, trained.adapter).eval()
+    folded = PeftModel.from_pretrained(again, opened.readable).eval()
+    assert type(folded.base_model) is peft.LoraModel
+    ids = torch.tensor([prompts()[1]])
+    with torch.no_grad():
+        wanted, found = tuned(input_ids=ids).logits, folded(input_ids=ids).logits
+        with tuned.disable_adapter():
+            assert (tuned(input_ids=ids).logits - wanted).abs().max() > 0.1, "it changes nothing: train it longer"
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5)
+
+    served = Served(load_base(trained.base, dtype="fp32", quantization=None, device="cpu"), "cpu")
+    served.add("adapter_1_", opened)
+    engine = Engine(served, Limits(rows=8, waiting=8))
+    rows = [row(named, prompt) for prompt in prompts()[:2] for named in (entry("bot", "adapter_1_"), entry())]
+    assert {served.group(one.entry) for one in rows} == {None}
+    engine.start()
+    try:
+        told = answered(engine, rows)
+    finally:
+        engine.stop()
+    assert told[0].tokens == greedy(tuned, rows[0].prompt)
+    assert told[2].tokens == greedy(tuned, rows[2].prompt)
+    with tuned.disable_adapter():
+        assert told[1].tokens == greedy(tuned, rows[1].prompt)
+
+
+REFUSED = {
+    "init_lora_weights": ("pissa", "changes the base's own weights when it is loaded"),
+    "use_qalora": (True, "variant of LoRA that is not served here (use_qalora)"),
+    "alora_invocation_tokens": ([5], "alora_invocation_tokens"),
+    "task_type": ("SEQ_CLS", "its task is SEQ_CLS"),
+    "bias": ("all", "trained biases"),
+    "peft_type": ("LOHA", "its kind is LOHA"),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_adapters_that_would_change_the_base_for_all_are_refused(field, tmp_path):
+    """Or that PEFT answers otherwise than by adding a product: said before the model is touched."""
+    from launcher.errors import RecipeError
+
+    base = make_model_dir(tmp_path / "model")
+    folder = peft_adapter(base, tmp_path / "adapter", **KINDS["llama"]["plain"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    value, words = REFUSED[field]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        open_adapter(folder, BaseFacts(folder=base, quantization=None, any_rounding=False), trusted=True)
+
+
+def test_an_adapter_whose_numbers_overflow_ends_its_own_answers_alone(tmp_path):
+    """NaN in one row of a batch is no reason to end the others."""
+    base = make_model_dir(tmp_path / "model")
+    facts = BaseFacts(folder=base, quantization=None, any_rounding=False)
+    good, bad = (peft_adapter(base, tmp_path / name, **KINDS["llama"]["plain"]) for name in ("good", "bad"))
+    weights = load_file(bad / WEIGHTS)
+    save_file({name: tensor * torch.inf for name, tensor in weights.items()}, bad / WEIGHTS, metadata={"format": "pt"})
+    served = Served(load_base(base, dtype="fp32", quantization=None, device="cpu"), "cpu")
+    for number, folder in enumerate((good, bad)):
+        served.add(f"adapter_{number}_", open_adapter(folder, facts, trusted=True))
+    engine = Engine(served, Limits(rows=8, waiting=8))
+    names = entry("good", "adapter_0_"), entry("bad", "adapter_1_"), entry()
+    rows = [row(named, prompts()[1], temperature=temperature, seed=3) for named in names for temperature in (0.0, 1.0)]
+    engine.start()
+    try:
+        engine.call(lambda: engine.submit(*rows))  # all of them in one batch
+        assert all(one.sink.done.wait(600) for one in rows)
+        alone = answered(engine, [row(one.entry, one.prompt, temperature=1.0, seed=3) for one in (rows[1], rows[5])])
+    finally:
+        engine.stop()
+    told = [one.sink for one in rows]
+    assert {type(told[n].last) for n in (0, 1, 4, 5)} == {Finished}
+    assert [told[n].last for n in (2, 3)] == [Broken("bad: its numbers overflow (NaN)")] * 2
+    assert [told[1].tokens, told[5].tokens] == [one.tokens for one in alone], "sampled as alone, with the same seed"
+
+
+def test_a_base_with_two_scales_of_positions_is_answered_within_the_first():
+    """longrope turns every row of a batch by the longest one: what each would give alone ends there."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    config = transformers.Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=64)
+    assert Served(AutoModelForCausalLM.from_config(config), "cpu").context == 64
+    assert Served(AutoModelForCausalLM.from_config(MODELS["phi3, window 8"]()), "cpu").context == 256
 
 
 def test_a_file_with_weights_of_the_base_is_refused(tmp_path):
@@ -342,8 +453,6 @@ def test_the_last_adapter_leaves_the_base_as_it_was(tmp_path):
 
 def test_an_adapter_of_another_shape_is_refused_and_undone(tmp_path):
     """An adapter without lineage, trusted by the user, whose factors fit no module here."""
-    from safetensors.torch import load_file, save_file
-
     from launcher.errors import ModelError
 
     trained = train_adapter(tmp_path, "lora")
