@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import pytest
 
 from launcher.runs.folder import RunFolder, read_json_lines
 from launcher.runs.trial_table import _QUALITY
-from tests.cluster.bed import Bed, slurm
+from tests.cluster.bed import Bed, dev_cluster, slurm
+from tests.cluster.strikes import KINDS, Target, at_work, draw, trained
 
 CANDIDATES = ("low: train.learning_rate=1e-4", "high: train.learning_rate=1e-2", "wide: lora.r=16")
 SLOW = "at=step,rank=0,do=sleep:1.0,always"
+STEPS_OF_ALL = 3 * 4 + 2 * 4
+"""What three candidates train, of which one stops in the middle."""
+SEED_NAME = "LAUNCHER_TEST_SEED"
+SEED = int(os.environ.get(SEED_NAME, "6"))
+NODES = [f"node{number}" for number in range(1, 5)]
+SLOWER = SLOW.replace("1.0", "2.0")
+"""For what strikes between two steps, where the queue is asked first."""
 LIMIT_S = 1200.0
 """For eight tiny jobs, most of whose time is imports on two busy cores."""
 
@@ -59,24 +68,74 @@ class Trials:
     def arrays(self, trial: str) -> list[Path]:
         return sorted((self.folder(trial).path / "arrays").iterdir())
 
+    def jobs(self, trial: str) -> list[str]:
+        """What the queue holds of it: tasks, follow-up jobs, and the job that sends the next rung."""
+        runs = [run.run_id for run in self.runs(trial).values()]
+        names = [f"{trial}-next", *(path.name for path in self.arrays(trial)), *runs]
+        return slurm("squeue", "--noheader", "--format=%i", f"--name={','.join(names)}").split()
 
-@pytest.fixture
+    def go_on(self, trial: str) -> None:
+        """`launcher trial TRIAL`, as somebody types it who sees that nothing happens; again where it says so."""
+        words = ("trial", trial)
+        asked = lambda: self.bed.launcher(*words, LAUNCHER_FAULT=SLOWER)  # noqa: E731
+        self.bed.until(lambda: (said := asked()).code not in (7, 75) and said.expect(), f"{trial} is taken on")
+
+    def until(self, trial: str, happened: Callable[[], Any]) -> None:
+        """Wait; where the trial waits for a person, be one."""
+
+        def looked() -> Any:
+            seen = happened() or self.ended(trial)
+            if not seen and not self.jobs(trial):
+                self.go_on(trial)
+            return seen
+
+        self.bed.until(looked, f"what {trial} is waited for", limit_s=LIMIT_S)
+
+    def ended(self, trial: str) -> bool:
+        """Whether its stored table says so."""
+        return bool(json.loads((self.folder(trial).path / "table.json").read_text())["state"] == "finished")
+
+    def end(self, trial: str) -> None:
+        """`launcher cancel TRIAL`, after which nothing of it is in the queue."""
+        self.bed.launcher("cancel", trial).expect()
+        self.bed.until(lambda: not self.jobs(trial), f"the end of all jobs of {trial}")
+
+
+@pytest.fixture(scope="module")
 def trials(bed: Bed) -> Iterator[Trials]:
-    """Trials whose jobs are cancelled at the end."""
+    """Trials whose jobs are cancelled at the end, on a cluster that is whole again after each test."""
     found = Trials(bed)
     yield found
     for name in found.names:
-        slurm("scancel", f"--name={','.join([f'{name}-next', *(path.name for path in found.arrays(name))])}")
+        found.end(name)
+
+
+@pytest.fixture(scope="module")
+def calm(trials: Trials) -> tuple[str, dict[str, dict[str, Any]]]:
+    """A trial that nothing interrupted: its name, and the quality columns of its table."""
+    trial = trials.start("calm")["trial"]
+    return trial, trials.finished(trial)
+
+
+@pytest.fixture
+def whole_cluster(bed: Bed) -> Iterator[None]:
+    """Controller and nodes are there again afterwards, whatever a test has taken away."""
+    yield
+    dev_cluster("start-controller")
+    for node in NODES:
+        dev_cluster("boot", node)
+    bed.until(lambda: slurm("sinfo", "-h", "-t", "idle,mix,alloc", "-o", "%D").strip() == "4", "four nodes")
 
 
 def events(run: RunFolder, name: str) -> list[dict[str, Any]]:
     return [line for line in read_json_lines(run.attempts) if line["event"] == name]
 
 
-def test_an_array_per_rung_and_a_requeue_changes_nothing(bed: Bed, trials: Trials) -> None:
+def test_an_array_per_rung_and_a_requeue_changes_nothing(
+    bed: Bed, trials: Trials, calm: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
     """Three candidates as one array, two of them as the next; a task put back in the middle leaves the same table."""
-    undisturbed = trials.start("calm")["trial"]
-    expected = trials.finished(undisturbed)
+    undisturbed, expected = calm
     assert sorted((row["status"], row["steps"]) for row in expected.values()) == [
         ("finished", 8),
         ("finished", 8),
@@ -111,3 +170,43 @@ def test_a_task_that_a_person_ended_waits_for_a_person(bed: Bed, trials: Trials)
     links = [path.resolve() for path in trials.arrays(trial)[1].glob("[0-9]*")]
     assert links == [run.path]
     assert len(trials.finished(trial)) == 3
+
+
+def test_a_whole_trial_is_cancelled_and_goes_on(
+    bed: Bed, trials: Trials, calm: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
+    """All tasks and the job after them leave the queue; the trial's name, typed at once, takes it to the same table."""
+    trial = trials.start("halted", "--parallel", "2", LAUNCHER_FAULT=SLOW)["trial"]
+    run = trials.runs(trial)["low"]
+    bed.until(lambda: any(line.get("step") == 1 for line in read_json_lines(run.metrics)), "step 1", run, limit_s=400)
+    assert len(trials.jobs(trial)) == 3  # two tasks, one line for those that wait for them, and the job after all
+    told = bed.launcher("cancel", trial).expect().out
+    assert f"cancelled trial {trial}: 4 jobs" in told
+    bed.launcher("trial", trial).expect()
+    assert trials.finished(trial) == calm[1]
+
+
+# ---------------------------------------------------------------- interrupted at random
+
+
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_interruptions_at_random_leave_the_same_table(
+    bed: Bed, trials: Trials, calm: tuple[str, dict[str, dict[str, Any]]], whole_cluster: None
+) -> None:
+    """Requeues, deaths, signals, a lost daemon, a lost controller, a lost job, whenever: the same, bit for bit."""
+    drawn = draw(SEED, steps=STEPS_OF_ALL - 6, extra=2)
+    print(f"{SEED_NAME}={SEED}")
+    trial = trials.start("struck", LAUNCHER_FAULT=SLOWER)["trial"]
+    runs = trials.runs(trial)
+    for strike in drawn:
+        trials.until(trial, lambda now=strike.after: sum(map(trained, runs.values())) >= now and at_work(runs))
+        found = at_work(runs) or pytest.fail(f"nobody is at work when {strike} comes")
+        run, pid = found[round(strike.luck * (len(found) - 1))]
+        answer = KINDS[strike.kind](Target(bed=bed, trial=trial, run=run, pid=pid))
+        print(f"{strike} hit {run.run_id} at step {trained(run)}: {answer.strip()}")
+        if strike.kind == "next":
+            trials.go_on(trial)
+    trials.until(trial, lambda: trials.ended(trial))
+    assert trials.finished(trial) == calm[1]
+    undisturbed = len(runs) + 2
+    assert sum(len(events(run, "started")) for run in runs.values()) >= undisturbed + 2
