@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from launcher.verbs.arguments import json_flag, print_json
+
+if TYPE_CHECKING:
+    from launcher.recipe.foreign.convert import Converted
 
 
 @click.command(name="import")
@@ -14,14 +18,14 @@ from launcher.verbs.arguments import json_flag, print_json
 @click.option(
     "--tool", type=click.Choice(["axolotl", "llama-factory", "trl", "torchtune"]), help="Whose file it is [recognised]."
 )
-@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="GPUs it was trained on.")
+@click.option("--gpus", type=click.IntRange(1), help="GPUs it was trained on [what the file says, else 1].")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the recipe here instead of to stdout.")
 @click.option("--dry-run", is_flag=True, help="With -o: write nothing.")
 @json_flag
-def command(file: Path, tool: str | None, gpus: int, output: Path | None, dry_run: bool, as_json: bool) -> None:
+def command(file: Path, tool: str | None, gpus: int | None, output: Path | None, dry_run: bool, as_json: bool) -> None:
     """Convert an Axolotl, LLaMA-Factory, TRL or torchtune config; list what could not be carried over."""
     from launcher.errors import ConflictError
-    from launcher.recipe.foreign.convert import convert_file
+    from launcher.recipe.foreign.convert import convert_file, shown
     from launcher.recipe.foreign.draft import SWITCHED_OFF
     from launcher.runs.folder import write_atomic
 
@@ -31,8 +35,7 @@ def command(file: Path, tool: str | None, gpus: int, output: Path | None, dry_ru
             raise ConflictError(f"{output} exists already; choose another name, or move it away")
         write_atomic(output, made.text)
     if as_json:
-        left = [{"key": one.key, "value": one.value, "why": one.why} for one in made.left_out]
-        print_json({"schema": 1, "tool": made.tool, "recipe": made.text, "left_out": left, "notes": list(made.notes)})
+        print_json(_json(made))
         return
     if output is None:
         click.echo(made.text, nl=False)
@@ -40,8 +43,20 @@ def command(file: Path, tool: str | None, gpus: int, output: Path | None, dry_ru
         click.echo(f"note: {note}", err=True)
     lost = [one for one in made.left_out if one.why != SWITCHED_OFF]
     for one in lost:
-        click.echo(f"not carried over: {one.key}: {one.value} ({one.why})", err=True)
+        click.echo(f"not carried over: {shown(one.key)}: {shown(one.value)} ({one.why})", err=True)
     off = [one.key for one in made.left_out if one not in lost]
     if off:
         click.echo(f"nothing to carry (empty or switched off): {', '.join(off)}", err=True)
     click.echo(f"Next: launcher plan {output or 'RECIPE'}", err=True)
+
+
+def _json(made: Converted) -> dict[str, Any]:
+    """Every key of the file with what became of it."""
+    return {
+        "schema": 1,
+        "tool": made.tool,
+        "recipe": made.text,
+        "carried": [{"key": one.key, "value": one.value, "field": one.field} for one in made.carried],
+        "left_out": [{"key": one.key, "value": one.value, "why": one.why} for one in made.left_out],
+        "notes": list(made.notes),
+    }

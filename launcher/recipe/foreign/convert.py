@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +13,10 @@ import yaml
 from launcher.errors import RecipeError
 from launcher.recipe.dump import RecipeDumper
 from launcher.recipe.foreign import axolotl, llamafactory, torchtune, trl
-from launcher.recipe.foreign.draft import SWITCHED_OFF, Draft, LeftOut
+from launcher.recipe.foreign.draft import SWITCHED_OFF, Carried, Draft, LeftOut
+from launcher.recipe.foreign.source import read
 from launcher.recipe.load import recipe_from_text
-from launcher.recipe.problems import Findings
-from launcher.recipe.scalars import read_any
-from launcher.recipe.tree import Node, Scalar, Table
-from launcher.recipe.yaml_strict import parse
+from launcher.recipe.schema import LORA_METHODS
 
 TOOLS: dict[str, ModuleType] = {
     "torchtune": torchtune,
@@ -28,7 +25,16 @@ TOOLS: dict[str, ModuleType] = {
     "trl": trl,
 }
 """In the order in which they are recognised."""
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_OTHERS = {
+    "zero_optimization": "is a DeepSpeed file; import the training configuration that names it",
+    "train_micro_batch_size_per_gpu": "is a DeepSpeed file; import the training configuration that names it",
+    "distributed_type": "is an Accelerate file; import the training configuration it is used with",
+    "compute_environment": "is an Accelerate file; import the training configuration it is used with",
+    "export_dir": "is for the export of a model, not for training",
+    "infer_backend": "is for inference, not for training",
+    "data": "is a recipe already; launcher plan FILE",
+}
+"""Keys that tell files which are often named by mistake."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,79 +43,61 @@ class Converted:
 
     tool: str
     text: str
+    carried: tuple[Carried, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
 
 
-def convert_file(path: Path, *, tool: str | None = None, gpus: int = 1) -> Converted:
-    """Read another tool's configuration and write it as a recipe.
+def convert_file(path: Path, *, tool: str | None = None, gpus: int | None = None) -> Converted:
+    """Read another tool's configuration and write it as a recipe; `gpus` = GPUs it was trained on.
 
     Raises:
-        RecipeError: unreadable, of no known tool, or it makes no recipe that loads.
+        RecipeError: unreadable, of no known tool, for no supervised training on text, or it makes no recipe that loads.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    source = _plain_file(text, str(path))
+    source = read(path)
     name = tool or next((name for name, module in TOOLS.items() if module.detect(source)), None)
     if name is None:
-        raise RecipeError(
-            f"{path}: looks like no configuration of {', '.join(TOOLS)}; if it is one, say which with --tool"
-        )
+        raise RecipeError(f"{path}: {_unknown(source)}")
     draft = Draft(source=source, folder=path.parent, gpus=gpus)
-    draft.put("name", _name(path))
+    draft.put("name", _name(path), of=())
+    _fill(draft, path, name)
+    draft.put("name", _name(Path(str(draft.get("name")))), of=draft.origins["name"])
+    recipe = _text(draft, path, name)
+    for notice in recipe_from_text(recipe, f"recipe made of {path}").notices:
+        draft.note(notice)
+    return Converted(
+        tool=name, text=recipe, carried=draft.carried(), left_out=tuple(draft.left_out), notes=tuple(draft.notes)
+    )
+
+
+def _unknown(source: dict[str, Any]) -> str:
+    told = next((what for key, what in _OTHERS.items() if key in source), None)
+    return told or f"looks like no configuration of {', '.join(TOOLS)}; if it is one, say which with --tool"
+
+
+def _fill(draft: Draft, path: Path, name: str) -> None:
+    """Run the tool's converter; odd values and other objectives are refused with all their keys."""
     try:
         TOOLS[name].convert(draft)
     except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
         # The tables of the tools say which keys there are, not every shape a value may take.
-        value = _short(draft.look(draft.last_taken))
+        value = shown(draft.look(draft.last_taken))
         raise RecipeError(
             f"{path}: {draft.last_taken}: {value!r} is nothing that {name} takes here ({error})"
         ) from error
-    draft.put("name", _name(Path(str(draft.get("name")))))
-    recipe = _text(draft, path, name)
-    for notice in recipe_from_text(recipe, f"recipe made of {path}").notices:
-        draft.note(notice)
-    return Converted(tool=name, text=recipe, left_out=tuple(draft.left_out), notes=tuple(draft.notes))
-
-
-def _plain_file(text: str, origin: str) -> dict[str, Any]:
-    """The file as plain values: numbers as YAML 1.2 reads them, references to other keys followed."""
-    findings = Findings()
-    tree = parse(text, origin, findings)
-    findings.settle()
-    plain = _plain(tree)
-    if not isinstance(plain, dict):
-        raise RecipeError(f"{origin}: is not a mapping of settings")
-    followed: dict[str, Any] = _follow(plain, plain)
-    return followed
-
-
-def _plain(node: Node) -> Any:
-    if isinstance(node, Table):
-        return {key: _plain(child) for key, child in node.items.items()}
-    if isinstance(node, Scalar):
-        return read_any(node.text, quoted=node.quoted)
-    return [_plain(child) for child in node.items]
-
-
-def _follow(value: Any, root: Mapping[str, Any]) -> Any:
-    """torchtune writes ${output_dir}/logs; one step of references is followed, no more."""
-    if isinstance(value, dict):
-        return {key: _follow(child, root) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_follow(child, root) for child in value]
-    if not isinstance(value, str):
-        return value
-
-    def named(match: re.Match[str]) -> str:
-        found: Any = root
-        for part in match[1].split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return str(found) if isinstance(found, str | int | float) else match[0]
-
-    return _REFERENCE.sub(named, value)
+    problems = [f"{path}: {one}" for one in dict.fromkeys(draft.problems)]
+    for needed, what in (("model.name_or_path", "a model"), ("data.train", "data to train on")):
+        if not problems and not draft.get(needed):
+            problems.append(f"{path}: names no {what.removeprefix('a ')}; {name} files for training do")
+    unresolved = [f"{path}: {one.key}: {one.value!r} holds a reference that nothing here resolves; write the value"
+                  for one in draft.carried() if isinstance(one.value, str) and "${" in one.value]  # fmt: skip
+    if problems or unresolved:
+        raise RecipeError(*problems, *unresolved)
+    method = draft.get("method")
+    if method is not None and method not in LORA_METHODS:
+        draft.unused("lora", f"method: {method} has no adapter")
+    if method != "qlora":
+        draft.unused("quantization", "is read by method: qlora alone")
 
 
 def _name(path: Path) -> str:
@@ -123,18 +111,16 @@ _ORDER = ("name", "model", "method", "lora", "quantization", "data", "train", "d
 
 def _text(draft: Draft, path: Path, tool: str) -> str:
     ordered = {key: draft.recipe[key] for key in _ORDER if draft.recipe.get(key) not in (None, {})}
-    if ordered.get("method") == "full":
-        for section in ("lora", "quantization"):
-            ordered.pop(section, None)
-    elif ordered.get("method") != "qlora":
-        ordered.pop("quantization", None)
     body = yaml.dump(ordered, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
-    lost = [f"#   {one.key}: {_short(one.value)}  ({one.why})" for one in draft.left_out if one.why != SWITCHED_OFF]
-    head = [f"# Made of {path.name} ({tool}) by launcher import."]
+    lost = [
+        f"#   {shown(one.key)}: {shown(one.value)}  ({one.why})" for one in draft.left_out if one.why != SWITCHED_OFF
+    ]
+    head = [f"# Made of {shown(path.name)} ({tool}) by launcher import."]
     return "\n".join([*head, *(["# Not carried over:"] if lost else []), *lost, body])
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in one line of printable text, shortened."""
     text = " ".join(str(value).split())
     printable = "".join(letter if letter.isprintable() else "?" for letter in text)
     return printable if len(printable) <= 60 else f"{printable[:57]}..."
