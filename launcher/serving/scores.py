@@ -65,8 +65,14 @@ def as_completion(scored: Sequence[Scored], say: Say, offset: int) -> dict[str, 
     return {
         "tokens": tokens,
         "token_logprobs": [each.logprob for each in scored],
-        "top_logprobs": [
-            None if each.logprob is None else {say(token): value for token, value in each.top} for each in scored
-        ],
+        "top_logprobs": [None if each.logprob is None else _by_text(each.top, say) for each in scored],
         "text_offset": offsets[:-1],
     }
+
+
+def _by_text(top: Sequence[tuple[int, float]], say: Say) -> dict[str, float]:
+    """The likeliest first; of tokens with the same text (parts of characters) the likeliest alone."""
+    found: dict[str, float] = {}
+    for token, value in top:
+        found.setdefault(say(token), value)
+    return found

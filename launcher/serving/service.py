@@ -164,6 +164,8 @@ class Service:
             return await asyncio.wrap_future(self.engine.call(lambda: self.add(asked.lora_name, opened)))
         except LauncherError as error:
             raise ApiError(400, "; ".join(error.problems), param="lora_path") from error
+        except OSError as error:
+            raise ApiError(400, f"{asked.lora_path}: cannot be read: {error}", param="lora_path") from error
 
     def add(self, name: str, opened: Opened) -> Entry:
         """Put an adapter into the model and its name on the list; on the model's thread, or before it starts.

@@ -4,14 +4,17 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import IO
 
 import httpx
 import openai
@@ -35,6 +38,11 @@ class Server:
     process: subprocess.Popen
     url: str
     models: list[str]
+    stderr: IO[str]
+
+    def log(self):
+        """What it has written to stderr so far."""
+        return os.pread(self.stderr.fileno(), 1 << 24, 0).decode()
 
     def client(self, **options):
         """The real client; by default it must not hide a refusal by trying again."""
@@ -53,15 +61,17 @@ class Server:
 def start(*arguments, env=None):
     """`launcher serve`, up to the line that says where it is."""
     words = [sys.executable, "-m", "launcher.cli", "serve", *map(str, arguments), "--port", "0", "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | (env or {}))
     lines = queue.Queue()
     threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
     try:
         told = json.loads(lines.get(timeout=PATIENCE_S))
     except (queue.Empty, ValueError):
         process.kill()
-        raise AssertionError(f"the server did not start: exit code {process.wait()}") from None
-    return Server(process, told["url"], told["models"])
+        code, said = process.wait(), os.pread(stderr.fileno(), 1 << 24, 0).decode()
+        raise AssertionError(f"the server did not start: exit code {code}: {said}") from None
+    return Server(process, told["url"], told["models"], stderr)
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +386,24 @@ def test_a_client_that_leaves_makes_room(server):
     left_s, began = time.monotonic() - began, time.monotonic()
     assert complete(server, "red", PROMPTS[0], many).usage.completion_tokens == many
     assert left_s < (time.monotonic() - began) / 2, "it was answered to the end"
+
+
+def test_each_request_leaves_a_line_and_nothing_of_its_text(server):
+    """Who was asked, tokens, how it ended; also of requests that were refused."""
+    complete(server, "red", "a very secret prompt", 5)
+    list(complete(server, "blue", "a very secret prompt", 7, stream=True))
+    server.post("/completions", {"model": "gr\neen", "prompt": "a very secret prompt"})
+    wanted = [
+        r"POST /v1/completions 200 model=red prompt=\d+ completion=5 finish=length \d+\.\d{3}s",
+        r"POST /v1/completions 200 model=blue prompt=\d+ completion=7 finish=length \d+\.\d{3}s",
+        r"POST /v1/completions 404 model='gr\\neen' \d+\.\d{3}s",
+    ]
+    began = time.monotonic()
+    while missing := [one for one in wanted if not re.search(rf"(?m)^\S+Z {one}$", server.log())]:
+        assert time.monotonic() - began < PATIENCE_S, (missing, server.log())  # a stream's line follows its last event
+        time.sleep(0.02)
+    assert "secret" not in server.log()
+    assert "/health" not in server.log()
 
 
 # ---------------------------------------------------------------- hot swap
