@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.report.parts import in_parts
 from launcher.runs.trial import Asked, Planned
+from launcher.runs.trial_candidates import Candidate
 from launcher.runs.trial_rungs import kept, rung_steps
 from launcher.runs.trial_table import Row
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _GIB = 2**30
 _FILE_WIDTH = 400
@@ -20,19 +21,19 @@ _FILE_WIDTH = 400
 def print_candidates(planned: Planned, asked: Asked, *, console: Console | None = None) -> None:
     """What a trial would run and what it would cost at most."""
     out = console or _console()
-    table = _new_table(("CANDIDATE", "METHOD"), ("RANK", "LR", "TRAINS", "STEPS", "TIME", "GPU-HOURS", "PEAK"))
-    for each in planned.running:
-        table.add_row(
-            each.name, each.method, _text(each.lora_r), f"{each.learning_rate:.3g}", f"{each.trainable_params:,}",
-            str(each.steps), duration(each.wall_s), f"{each.gpu_hours:.3g}" if each.gpu_hours else "",
-            f"{each.peak_bytes / _GIB:.2f} GiB",
-        )  # fmt: skip
-    out.print(table)
+    right = ("RANK", "LR", "TRAINS", "STEPS", "TIME", "GPU-HOURS", "PEAK")
+    _print(out, ("CANDIDATE", "METHOD"), right, [_planned_cells(each) for each in planned.running])
     for each in planned.candidates:
         if each.rejected:
             out.print(f"not in it: {each.name}: {each.rejected}")
     out.print(_rungs_words(planned, asked))
     out.print(_cost_words(planned))
+
+
+def _planned_cells(each: Candidate) -> list[str]:
+    hours = f"{each.gpu_hours:.3g}" if each.gpu_hours else ""
+    cells = [each.name, each.method, _text(each.lora_r), f"{each.learning_rate:.3g}", f"{each.trainable_params:,}"]
+    return [*cells, str(each.steps), duration(each.wall_s), hours, f"{each.peak_bytes / _GIB:.2f} GiB"]
 
 
 def _cost_words(planned: Planned) -> str:
@@ -59,15 +60,18 @@ def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Conso
     gpus, money = any(row.gpu_hours for row in told), any(row.cost is not None for row in told)
     scored = any(row.score is not None for row in told)
     on_gpu = any(row.peak_bytes is not None for row in told)
-    right = ["RANK", "LR", "STEPS", "VAL LOSS", "+-", "PPL", *(["SCORE", "+-"] if scored else [])]
+    several = any(row.spread is not None for row in told)
+    right = ["RANK", "LR", "STEPS", "VAL LOSS", *(["+-"] if several else []), "PPL"]
+    right += ["SCORE", *(["+-"] if several else [])] if scored else []
     right += [*(["FORGETS"] if forgetting else []), "TRAIN", "WALL"]
     right += ["GPU-HOURS" if gpus else "NODE-HOURS", *(["COST"] if money else [])]
     right += ["GPU PEAK" if on_gpu else "HOST PEAK", "WEIGHTS", "TOKENS"]
-    table = _new_table(("CANDIDATE", "METHOD", "STATUS"), right)
-    for row in told:
-        if row.status != "rejected":
-            table.add_row(*_cells(row, scored=scored, forgetting=forgetting, money=money, on_gpu=on_gpu))
-    out.print(table)
+    shown = [
+        _cells(row, several=several, scored=scored, forgetting=forgetting, money=money, on_gpu=on_gpu)
+        for row in told
+        if row.status != "rejected"
+    ]
+    _print(out, ("CANDIDATE", "METHOD", "STATUS"), right, shown)
     for row in told:
         if row.why:
             out.print(f"{row.candidate}: {row.status}: {row.why}")
@@ -77,12 +81,14 @@ def print_table(document: dict[str, Any], told: Sequence[Row], *, console: Conso
         out.print(line)
 
 
-def _cells(row: Row, *, scored: bool, forgetting: bool, money: bool, on_gpu: bool) -> list[str]:
+def _cells(row: Row, *, several: bool, scored: bool, forgetting: bool, money: bool, on_gpu: bool) -> list[str]:
     status = f"stopped at {row.steps}" if row.status == "stopped" else row.status
     cells = [row.candidate, row.method, status, _text(row.lora_r), f"{row.learning_rate:.3g}"]
     cells += [f"{row.steps}/{row.of_steps}", _float(row.validation_loss, ".4f")]
-    cells += [_float(row.spread, ".4f"), _float(row.perplexity, ".3f")]
-    cells += [_float(row.score, ".3f"), _float(row.score_spread, ".3f")] if scored else []
+    cells += [_float(row.spread, ".4f")] if several else []
+    cells += [_float(row.perplexity, ".3f")]
+    cells += [_float(row.score, ".3f")] if scored else []
+    cells += [_float(row.score_spread, ".3f")] if scored and several else []
     cells += [_float(row.retention_change, "+.4f")] if forgetting else []
     cells += [_seconds(row.train_s), _seconds(row.wall_s), _float(row.device_hours, ".3g")]
     cells += [_float(row.cost, ".2f")] if money else []
@@ -147,15 +153,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _new_table(left: Sequence[str], right: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _print(out: Console, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table, or where the terminal is narrow several."""
+    for at, part in enumerate(in_parts(left, right, rows, out.width)):
+        if at:
+            out.print()
+        out.print(part)
 
 
 def _console() -> Console:
