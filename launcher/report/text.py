@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.planning.plan import Candidate, Estimate, MemoryEstimate, Plan
+from launcher.report.parts import in_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -280,13 +281,9 @@ def _next(plan: Plan, recipe_argument: str | None) -> str:
 
 def print_recipes(rows: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
     """Print the shipped recipes with their predictions, as `launcher recipes` lists them."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("RECIPE", "METHOD", "MODEL", "WHERE", "PEAK/GPU", "TIME", "GPU-HOURS"):
-        table.add_column(name, justify="right" if name in ("PEAK/GPU", "TIME", "GPU-HOURS") else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    left, right = ("RECIPE", "METHOD", "MODEL", "WHERE"), ("PEAK/GPU", "TIME", "GPU-HOURS")
+    cells = [
+        (
             row["name"],
             row["method"],
             row["model"],
@@ -295,8 +292,13 @@ def print_recipes(rows: Sequence[Mapping[str, Any]], *, console: Console | None 
             duration(row["wall_s"]),
             f"{row['gpu_hours']:,.1f}",
         )
+        for row in rows
+    ]
     out = console or _console()
-    out.print(table)
+    for at, part in enumerate(in_parts(left, right, cells, out.width)):
+        if at:
+            out.print()
+        out.print(part)
     out.print("Next: launcher recipes NAME copies one; launcher plan NAME explains it")
 
 
