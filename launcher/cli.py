@@ -19,6 +19,7 @@ from launcher.verbs.arguments import (
     WITH_OVERRIDES,
     complete_recipe,
     complete_run,
+    complete_run_or_trial,
     json_flag,
     objective_option,
     override_arguments,
@@ -318,7 +319,7 @@ def submit(
 
 
 @main.command()
-@click.argument("run", metavar="[RUN|TRIAL]", required=False, shell_complete=complete_run)
+@click.argument("run", metavar="[RUN|TRIAL]", required=False, shell_complete=complete_run_or_trial)
 @json_flag
 @runs_option
 def status(run: str | None, as_json: bool, parent: Path | None) -> None:
@@ -360,7 +361,7 @@ def logs(run: str, follow: bool, rank: int, parent: Path | None) -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN|TRIAL", shell_complete=complete_run)
+@click.argument("run", metavar="RUN|TRIAL", shell_complete=complete_run_or_trial)
 @click.option("--dry-run", is_flag=True, help="Say what would be cancelled; touch nothing.")
 @runs_option
 def cancel(run: str, dry_run: bool, parent: Path | None) -> None:

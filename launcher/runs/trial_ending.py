@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher.errors import ClusterError, JobFailedError, TemporaryError, raise_all
+from launcher.errors import ClusterError, JobFailedError, LauncherError, TemporaryError, raise_all
 from launcher.runs import status
 from launcher.runs.folder import RunFolder
 from launcher.runs.lock import holder
@@ -76,12 +76,16 @@ def halt_if_cancelled(trial: Trial) -> None:
     """For whoever takes a trial on: leave where a person has ended it, and end what was sent or started meanwhile.
 
     Raises:
-        JobFailedError: it was ended.
+        JobFailedError: it was ended; with what could not be ended now.
     """
     if not trial.cancelled:
         return
-    end_jobs(trial)
-    raise JobFailedError(f"trial {trial.name} was cancelled; go on with: launcher trial {trial.name}")
+    problems: tuple[str, ...] = ()
+    try:
+        end_jobs(trial)
+    except LauncherError as error:
+        problems = error.problems
+    raise JobFailedError(f"trial {trial.name} was cancelled; go on with: launcher trial {trial.name}", *problems)
 
 
 def end_jobs(trial: Trial) -> list[Living]:

@@ -27,6 +27,14 @@ def complete_run(_ctx: click.Context, _param: click.Parameter, incomplete: str) 
     return sorted(path.name for path in runs_folder(None).glob(f"{incomplete}*") if path.is_dir())
 
 
+def complete_run_or_trial(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of runs and of trials in the runs folder."""
+    from launcher.runs.status import runs_folder
+
+    trials = (path.parent.name for path in runs_folder(None).glob(f".trials/{incomplete}*/trial.json"))
+    return sorted([*complete_run(ctx, param, incomplete), *trials])
+
+
 def read_overrides(values: Sequence[str]) -> list[str]:
     """Check the form of `k=v` arguments; `--a.b=v` and `--a.b v` are accepted too.
 
