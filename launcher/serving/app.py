@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from launcher.serving.guard import Guard, Rules
-from launcher.serving.journal import NOTE, Journal
+from launcher.serving.journal import NOTE, Counts, Journal
 from launcher.serving.problems import ApiError
 from launcher.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest, refused
 from launcher.serving.service import Service
@@ -20,12 +20,13 @@ from launcher.serving.stream import Answer, Asked, Stream, whole
 
 def make_app(service: Service, rules: Rules) -> Journal:
     """The application, behind its guard, every request on the record."""
+    counts = Counts()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
-    _add_reading(app, service)
+    _add_reading(app, service, counts)
     _add_answering(app, service)
     _add_adapters(app, service)
-    return Journal(Guard(app, rules))
+    return Journal(Guard(app, rules), counts)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -49,12 +50,16 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(problem.body(), problem.status)
 
 
-def _add_reading(app: FastAPI, service: Service) -> None:
+def _add_reading(app: FastAPI, service: Service, counts: Counts) -> None:
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
         if not service.engine.alive:
             raise ApiError(503, "the model's thread has ended")
         return {"status": "ok", **service.engine.load()}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(counts.text(service.engine.load()), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -55,11 +55,15 @@ class Engine:
         """Begin to work."""
         self._thread.start()
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """End after the present step; answers that are not complete are told so."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """The same, and wait for it."""
+        self.end()
         self._thread.join()
 
     @property
@@ -140,7 +144,7 @@ class Engine:
             rows = {id(row): row for row in (*self._reading, *self._rows(), *self._waiting)}
             calls = [future for _, future in self._calls]
         for row in rows.values():
-            row.sink(Broken("the server ended before the answer was complete"))
+            row.sink(Broken("the server ended before the answer was complete", status=503))
         for future in calls:
             future.set_exception(ApiError(503, "the server ends"))
 

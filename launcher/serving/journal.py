@@ -1,9 +1,11 @@
-"""journal: one line on stderr for each request: who is answered what, how long it took, and nothing of the texts."""
+"""journal: one line on stderr for each request, and counts: who is answered, how long it took, nothing of the texts."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,15 +13,48 @@ from launcher.serving.guard import App, Message, Receive, Send
 
 NOTE = "launcher.note"
 """Where in a request's scope the endpoint leaves what it knows: model, tokens, how it ended."""
-_UNSEEN = ("/health",)
+_UNSEEN = ("/health", "/metrics")
 """Paths that are asked every few seconds; only their failures are worth a line."""
+
+
+class Counts:
+    """What has been answered since the start."""
+
+    def __init__(self) -> None:
+        self._requests: Counter[int] = Counter()
+        self._tokens: Counter[tuple[str, str]] = Counter()
+
+    def take(self, status: int, note: Mapping[str, Any]) -> None:
+        """One request; its tokens where a model was asked that there is."""
+        self._requests[status] += 1
+        for kind in ("prompt", "completion"):
+            if kind in note:
+                self._tokens[kind, str(note["model"])] += note[kind]
+
+    def text(self, load: Mapping[str, int]) -> str:
+        """For Prometheus (its text format, version 0.0.4); `load`: gauges."""
+        lines = ["# TYPE launcher_requests_total counter"]
+        for status, count in sorted(self._requests.items()):
+            lines.append(f'launcher_requests_total{{status="{status or "none"}"}} {count}')
+        for wanted in ("prompt", "completion"):
+            lines.append(f"# TYPE launcher_{wanted}_tokens_total counter")
+            for (kind, model), count in sorted(self._tokens.items()):
+                if kind == wanted:
+                    lines.append(f'launcher_{kind}_tokens_total{{model="{_label(model)}"}} {count}')
+        for name, value in load.items():
+            lines += [f"# TYPE launcher_answers_{name} gauge", f"launcher_answers_{name} {value}"]
+        return "\n".join([*lines, ""])
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 class Journal:
     """Lets everything through to `app`."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: App, counts: Counts) -> None:
+        self._app, self._counts = app, counts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
@@ -40,6 +75,7 @@ class Journal:
             await self._app(scope, receive, watched)
         finally:
             if scope["path"] not in _UNSEEN or status >= 400:
+                self._counts.take(status, note)
                 print(line(scope, status, note, time.monotonic() - began_s), file=sys.stderr, flush=True)
 
 

@@ -6,6 +6,7 @@ name of the token's variable.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -28,6 +29,22 @@ from launcher.serving.opened import BaseFacts, load_tokenizer, open_adapter
 from launcher.serving.problems import ApiError
 from launcher.serving.service import Service
 
+_LAST_WORDS_S = 5
+"""For clients to take the last of their answers."""
+
+
+class _Server(uvicorn.Server):
+    """Told to end, it gives answers under way their time, and then says to the others that there will be no more."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: int) -> None:
+        super().__init__(config)
+        self._engine, self._grace_s = engine, grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does, which alone would tear the connections."""
+        asyncio.get_running_loop().call_later(self._grace_s, self._engine.end)
+        await super().shutdown(sockets)
+
 
 def serve(asked: dict[str, Any]) -> int:
     """Serve until told to end; the exit code (0 after SIGTERM, 130 after Ctrl-C).
@@ -45,12 +62,13 @@ def serve(asked: dict[str, Any]) -> int:
         log_level="warning",
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=asked["grace_s"],
+        # Beyond its own end there are only connections that never sent their request.
+        timeout_graceful_shutdown=asked["grace_s"] + _LAST_WORDS_S,
     )
     _tell(asked, listener, service)
     service.engine.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, service.engine, asked["grace_s"]).run(sockets=[listener])
     except KeyboardInterrupt:
         return 130
     finally:

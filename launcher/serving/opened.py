@@ -163,7 +163,8 @@ def _virtual(found: Adapter) -> Tensor:
         ModelError: the file has none.
     """
     try:
-        tensor: Tensor = load_file(found.weights)["prompt_embeddings"]
+        # A copy: what was loaded is the file itself, and writing that anew would change answers, or end the server.
+        tensor = load_file(found.weights)["prompt_embeddings"].clone()
     except KeyError:
         raise ModelError(f"{found.folder}: {WEIGHTS} has no prompt_embeddings") from None
     return tensor

@@ -36,6 +36,7 @@ class Broken:
     """There will be no more, and that is our fault."""
 
     why: str
+    status: int = 500
 
 
 Event = Piece | Finished | Broken

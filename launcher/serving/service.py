@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Service:
     """Tokens of prompt and answer together at most."""
     trusted: bool
     """Whether adapters that do not say what they were trained on are taken."""
+    _loading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2), init=False)
+    """Adapters read at once: a slow file system must not take the threads in which prompts become tokens."""
 
     def chat(self, asked: ChatRequest, answer: Answer, note: dict[str, Any]) -> Asked:
         """A chat's rows; on any thread.
@@ -160,7 +162,8 @@ class Service:
         """
         self.names.refuse_taken(asked.lora_name)
         try:
-            opened = await asyncio.to_thread(open_adapter, Path(asked.lora_path), self.base, trusted=self.trusted)
+            async with self._loading:
+                opened = await asyncio.to_thread(open_adapter, Path(asked.lora_path), self.base, trusted=self.trusted)
             return await asyncio.wrap_future(self.engine.call(lambda: self.add(asked.lora_name, opened)))
         except LauncherError as error:
             raise ApiError(400, "; ".join(error.problems), param="lora_path") from error

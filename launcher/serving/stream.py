@@ -38,12 +38,12 @@ class Answer:
         """Choices and their events, up to the last of every row.
 
         Raises:
-            ApiError: 500; the model failed.
+            ApiError: 500; the model failed. 503; the server ends.
         """
         while rows:
             index, event = await self._events.get()
             if isinstance(event, Broken):
-                raise ApiError(500, event.why)
+                raise ApiError(event.status, event.why)
             yield index, event
             rows -= isinstance(event, Finished)
 
@@ -90,7 +90,7 @@ async def whole(request: Request, asked: Asked) -> dict[str, Any]:
     """The complete answer; a client that leaves ends it.
 
     Raises:
-        ApiError: 500; the model failed.
+        ApiError: 500; the model failed. 503; the server ends.
     """
     choices = [Choice(text=echo) for echo in asked.echoes]
     watching = asyncio.create_task(_cancel_when_gone(request, asked))

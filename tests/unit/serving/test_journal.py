@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.serving.journal import line
+from launcher.serving.journal import Counts, line
 
 
 def written(path: str = "/v1/completions", status: int = 200, **note: object) -> str:
@@ -33,3 +33,24 @@ def test_who_leaves_before_an_answer_has_no_status() -> None:
 def test_long_names_are_cut() -> None:
     """A log is no place for megabytes."""
     assert len(written(model="x" * 10**6)) < 300
+
+
+def test_counts_are_in_prometheus_form() -> None:
+    """Requests by status, tokens by model, and what is done now; a name ends no label."""
+    counts = Counts()
+    counts.take(200, {"model": 'r"ed', "prompt": 3, "completion": 20, "finish": "length"})
+    counts.take(200, {"model": 'r"ed', "prompt": 4, "completion": 1, "finish": "left"})
+    counts.take(404, {"model": "green"})
+    assert counts.text({"running": 1, "waiting": 0}).splitlines() == [
+        "# TYPE launcher_requests_total counter",
+        'launcher_requests_total{status="200"} 2',
+        'launcher_requests_total{status="404"} 1',
+        "# TYPE launcher_prompt_tokens_total counter",
+        'launcher_prompt_tokens_total{model="r\\"ed"} 7',
+        "# TYPE launcher_completion_tokens_total counter",
+        'launcher_completion_tokens_total{model="r\\"ed"} 21',
+        "# TYPE launcher_answers_running gauge",
+        "launcher_answers_running 1",
+        "# TYPE launcher_answers_waiting gauge",
+        "launcher_answers_waiting 0",
+    ]
