@@ -18,7 +18,7 @@ from torch import nn
 
 from launcher.adapters.derived import Factors, natural, read_factors, sha256_of, write_derived
 from launcher.adapters.reduce import cut
-from launcher.errors import ConflictError, RecipeError, raise_all
+from launcher.errors import RecipeError, raise_all
 from launcher.facts.adapters import WEIGHTS, AdapterFacts, made_in_words, not_combinable, read_adapter_facts
 
 _RESULT = "combined"
@@ -34,8 +34,6 @@ def combine(request: dict[str, Any]) -> dict[str, Any]:
     parents = [read_adapter_facts(Path(folder)) for folder in request["adapters"]]
     raise_all(RecipeError, not_combinable(parents, request["how"], trust_base=bool(request.get("trust_base"))))
     target = Path(request["target"])
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with --to, or move it away")
     factors = combined(parents, request)
     made = {
         "how": request["how"],
@@ -53,7 +51,9 @@ def combine(request: dict[str, Any]) -> dict[str, Any]:
             for one, weight in zip(parents, request["weights"], strict=True)
         ],
     }
-    write_derived(target, factors, parents=parents, made=made, name=request.get("name"))
+    write_derived(
+        target, factors, parents=parents, made=made, name=request.get("name"), base_folder=request.get("base_folder")
+    )
     ranks = {one.a.shape[0] for one in factors.values()}
     return {"path": str(target), "made": made_in_words(made), "modules": len(factors), "rank": max(ranks),
             "notices": _notices(parents)}  # fmt: skip

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from launcher.adapters.card import model_card
+from launcher.adapters.files import appearing, opened
 from launcher.adapters.lineage import CONFIG, KEY, WEIGHTS, read_adapter
 from launcher.adapters.shards import TOKENIZER, open_up
-from launcher.errors import ConflictError
-from launcher.facts.adapters import AdapterFacts, made_in_words
+from launcher.facts.adapters import AdapterFacts, scaling
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -39,7 +37,7 @@ class Factors:
 def read_factors(adapter: AdapterFacts) -> dict[str, Factors]:
     """Every module's factors in fp32, in the natural order of names, which is the same on every machine."""
     found = {}
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+    with opened(adapter.folder / WEIGHTS) as file:
         for module in sorted(adapter.ranks, key=natural):
             a, b = (file.get_tensor(f"{PREFIX}{module}{ending}").float() for ending in (A, B))
             found[module] = Factors(a=a, b=b, scaling=scaling(adapter.config, module, a.shape[0]))
@@ -51,14 +49,6 @@ def natural(module: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split("."))
 
 
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's factor of a module: alpha / r, or alpha / sqrt(r) when rank-stabilised (rsLoRA, arXiv 2312.03732)."""
-    pattern = config.get("alpha_pattern") or {}
-    named = (value for key, value in pattern.items() if module == key or module.endswith(f".{key}"))
-    alpha = float(next(named, config.get("lora_alpha", rank)))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 def write_derived(
     target: Path,
     factors: Mapping[str, Factors],
@@ -66,29 +56,26 @@ def write_derived(
     parents: list[AdapterFacts],
     made: Mapping[str, Any],
     name: str | None = None,
+    base_folder: str | None = None,
     before_rename: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `factors`, their scaling folded in, as an adapter folder; `made` says how, for lineage and card.
 
     Tokenizer and template are the first parent's. `before_rename` looks at the complete folder and may refuse it.
-    `name`: what the adapter is called; None: as the folder.
+    `name`: what the adapter is called; None: as the folder. `base_folder`: of the base here; None: as the parent says.
 
     Raises:
-        ConflictError: the target exists.
+        ConflictError: the target exists. ClusterError: it cannot be written.
     """
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with --to, or move it away")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with appearing(target, "--to") as temporary:
         _write(temporary, name or target.name, factors, parents, made)
+        if base_folder is not None:
+            path = temporary / CONFIG
+            told = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_folder}
+            path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if before_rename is not None:
             before_rename(temporary)
         open_up(temporary)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write(
@@ -105,7 +92,7 @@ def _write(
     for file in TOKENIZER:
         if (parents[0].folder / file).is_file():
             shutil.copyfile(parents[0].folder / file, folder / file)
-    card = model_card(read_adapter(folder), {"made by": made_in_words(made)}, merged=False)
+    card = model_card(read_adapter(folder), {}, merged=False)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launcher.adapters.shards import DTYPES, INDEX, copy_settings, skeleton
-from launcher.errors import ConflictError, JobFailedError
+from launcher.adapters.files import appearing
+from launcher.adapters.shards import DTYPES, INDEX, copy_settings, open_up, skeleton
+from launcher.errors import JobFailedError
 from launcher.worker.saved import MASTER, Saved, open_saved
 
 
@@ -31,21 +30,13 @@ def export_checkpoint(request: dict[str, Any]) -> dict[str, Any]:
         JobFailedError: weights of the model are not in the checkpoint (an adapter's run, another model).
     """
     checkpoint, base, target = (Path(request[key]) for key in ("checkpoint", "base", "target"))
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
     dtype = DTYPES[request["dtype"]]
     saved = open_saved(checkpoint)
     shapes = _shapes(base, saved)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with appearing(target, "-o") as temporary:
         files = _write(saved, shapes, temporary, dtype, int(request["shard_bytes"]))
         copy_settings(base, base, temporary, dtype)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        open_up(temporary)
     return {"path": str(target), "files": files, "parameters": sum(math.prod(shape) for _, shape in shapes.items())}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.runs.process import end_with
 
 
 def _merge(request: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +67,12 @@ ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """Read the request, answer it; a user's error is an answer too."""
+    """Read the request, answer it; a user's error is an answer too.
+
+    Ended by a signal, or because whoever asked is gone, it removes what it was writing.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    end_with(os.getppid(), signal.SIGTERM)
     request = json.load(sys.stdin)
     try:
         told = ASKED[request["ask"]](request)

@@ -9,8 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from launcher.errors import ConflictError, ModelError
+from launcher.errors import ConflictError, ModelError, raise_all
 from launcher.facts.fingerprint import model_fingerprint
+from launcher.facts.weights import shard_problem, weight_problems
 
 KEY = "launcher.lineage"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,6 +52,9 @@ def read_adapter(folder: Path) -> Adapter:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        torn = shard_problem(folder / WEIGHTS)
+        if torn:
+            raise ModelError(torn)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
         told = json.loads(metadata.get(KEY, "{}"))
@@ -68,11 +72,10 @@ def refuse_other_base(adapter: Adapter, base: Path, *, trusted: bool = False) ->
 
     Raises:
         ConflictError: other weights, or an adapter that does not say.
-        ModelError: the base folder holds no safetensors weights.
+        ModelError: the base folder holds no safetensors weights, or files of them are missing or torn.
     """
-    here = model_fingerprint(base)
-    if here is None:
-        raise ModelError(f"{base}: holds no safetensors weights")
+    raise_all(ModelError, weight_problems(base))
+    here = str(model_fingerprint(base))
     wanted = adapter.lineage.get("base_fingerprint")
     if wanted is None and not trusted:
         raise ConflictError(

@@ -8,17 +8,19 @@ from typing import Any
 import peft
 import psutil
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from launcher.adapters.shards import Merging
-from launcher.errors import JobFailedError
+from launcher.adapters.files import opened
+from launcher.adapters.shards import Merging, weight_files
+from launcher.errors import JobFailedError, ModelError
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest difference of logits, as a share of the largest logit, per dtype of the merged weights."""
 _ROWS, _TOKENS = 2, 32
 _MATRICES = 64
+_REASON = 300
+"""Characters of a library's own message; a mismatch of sizes lists every tensor."""
 _COPIES = 3.0
 """Models in fp32 that the comparison of logits holds at once, activations included."""
 
@@ -32,7 +34,7 @@ def prove(merging: Merging, base: Path, merged: Path, *, memory_bytes: int | Non
         JobFailedError: the merged model is another one.
     """
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    dtype = _written_dtype(merged)
+    dtype = written_dtype(merged)
     fp32_bytes = weights * 4 // dtype.itemsize
     free = psutil.virtual_memory().available if memory_bytes is None else memory_bytes
     if fp32_bytes * _COPIES <= free:
@@ -48,9 +50,9 @@ def prove(merging: Merging, base: Path, merged: Path, *, memory_bytes: int | Non
     return {"compared": what, "difference": difference, "limit": limit, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _written_dtype(folder: Path) -> torch.dtype:
+def written_dtype(folder: Path) -> torch.dtype:
     """The floating-point type that most matrices have."""
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+    with opened(weight_files(folder)[0]) as file:
         kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return names.get(max(set(kinds), key=kinds.count), torch.float32)
@@ -60,12 +62,25 @@ def _logits(merging: Merging, base: Path, merged: Path) -> float:
     """Largest difference of logits of one short batch, as a share of the largest logit; both sides compute in fp32."""
     together = _base_as_trained(merging, base)
     with torch.no_grad():
-        together = peft.PeftModel.from_pretrained(together, str(merging.adapter.folder)).eval()
+        together = with_adapter(together, merging.adapter.folder)
         expected = probe(together)
         del together
         alone = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, use_safetensors=True).eval()
         found = probe(alone)
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """A loaded base with an adapter on it, as PEFT loads them, in evaluation mode.
+
+    Raises:
+        ModelError: they do not belong together, or PEFT does not know such an adapter.
+    """
+    try:
+        return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:_REASON]
+        raise ModelError(f"{folder}: PEFT cannot put it on {base.config.name_or_path}: {reason}") from error
 
 
 def probe(model: Any) -> Tensor:
@@ -89,8 +104,8 @@ def _matrices(merging: Merging, base: Path, merged: Path) -> float:
     """Largest relative difference of outputs of up to 64 merged matrices, spread over the model, on random inputs."""
     chosen = sorted(merging.factors)[:: max(1, len(merging.factors) // _MATRICES)]
     worst = 0.0
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as before, safe_open(merged / path.name, framework="pt") as after:
+    for path in weight_files(base):
+        with opened(path) as before, opened(merged / path.name) as after:
             for module in chosen:
                 if f"{module}.weight" in before.keys():  # noqa: SIM118
                     weight, new = before.get_tensor(f"{module}.weight"), after.get_tensor(f"{module}.weight")
@@ -100,7 +115,8 @@ def _matrices(merging: Merging, base: Path, merged: Path) -> float:
 
 def _difference(merging: Merging, module: str, weight: Tensor, new: Tensor) -> float:
     layer = merging.layer(module, merging.as_trained(module, weight).float())
-    inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    new = merging.turned(module, new)
+    inputs = torch.randn(8, new.shape[1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = layer(inputs)
         found = inputs @ new.float().T

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.adapters.derived import Factors, read_factors, sha256_of, write_derived
 from launcher.adapters.lineage import WEIGHTS, read_adapter, refuse_other_base
-from launcher.adapters.proof import probe
+from launcher.adapters.proof import probe, with_adapter
 from launcher.adapters.shards import held_in_4_bits, round_to_4_bits
 from launcher.errors import RecipeError, raise_all
 from launcher.facts.adapters import made_in_words, not_plain_lora, read_adapter_facts
@@ -48,7 +47,7 @@ def reduce(request: dict[str, Any]) -> dict[str, Any]:
 
     target = Path(request["target"])
     write_derived(target, {module: one for module, (one, *_) in cuts.items()}, parents=[parent], made=made,
-                  name=request.get("name"), before_rename=compare)  # fmt: skip
+                  name=request.get("name"), base_folder=request.get("base_folder"), before_rename=compare)  # fmt: skip
     lost = {module: (error / whole) ** 0.5 if whole else 0.0 for module, (_, error, whole) in cuts.items()}
     total = sum(whole for *_, whole in cuts.values())
     overall = (sum(error for _, error, _ in cuts.values()) / total) ** 0.5 if total else 0.0
@@ -89,6 +88,6 @@ def _logits(base: Path, original: Path, reduced: Path) -> dict[str, float]:
         for name, module in model.named_modules():
             if name in rounded:
                 module.weight.data = round_to_4_bits(adapter, module.weight.data)
-        found.append(probe(peft.PeftModel.from_pretrained(model, str(folder)).eval()))
+        found.append(probe(with_adapter(model, folder)))
     worst = float((found[1] - found[0]).abs().max())
     return {"logits_difference": worst, "share_of_largest": worst / max(float(found[0].abs().max()), 1e-6)}

@@ -17,13 +17,15 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from launcher.adapters.files import opened
 from launcher.adapters.lineage import Adapter
-from launcher.errors import ModelError, RecipeError
+from launcher.errors import ModelError, RecipeError, raise_all
+from launcher.facts.adapters import of_pattern
 
 INDEX = "model.safetensors.index.json"
 _PREFIX = "base_model.model."
@@ -43,6 +45,8 @@ class Merging:
     """Module -> its tensors by their ending, such as lora_A.weight."""
     dtype: torch.dtype | None
     """None: as the base has it."""
+    transposed: frozenset[str]
+    """Modules whose class holds its matrix as (inputs, outputs): GPT-2's Conv1D."""
     rounded: frozenset[str]
     """Modules whose base weight was held in 4 bits in training, with an adapter or without; empty but for QLoRA."""
 
@@ -50,20 +54,25 @@ class Merging:
         """The merged matrix of one module: fp32 inside, the base's dtype (or `dtype`) outside."""
         layer = self.layer(module, self.as_trained(module, weight).float())
         layer.merge(safe_merge=True)
-        return layer.get_base_layer().weight.data.to(self.dtype or weight.dtype).contiguous()
+        merged = self.turned(module, layer.get_base_layer().weight.data)
+        return merged.to(self.dtype or weight.dtype).contiguous()
+
+    def turned(self, module: str, weight: Tensor) -> Tensor:
+        """A module's matrix as (outputs, inputs), and back."""
+        return weight.T.contiguous() if module in self.transposed else weight
 
     def as_trained(self, module: str, weight: Tensor) -> Tensor:
         """The values the base computed with: QLoRA learned to correct the rounded ones, so they are rounded again."""
         return round_to_4_bits(self.adapter, weight) if module in self.rounded else weight
 
     def layer(self, module: str, weight: Tensor) -> LoraLinear:
-        """PEFT's layer around one fp32 matrix, with the adapter's factors in it."""
-        factors = self.factors[module]
+        """PEFT's layer around one fp32 matrix as it is on disk, with the adapter's factors in it."""
+        factors, weight = self.factors[module], self.turned(module, weight)
         out_features, in_features = weight.shape
         base = nn.Linear(in_features, out_features, bias=False, device="meta")
         base.weight = nn.Parameter(weight, requires_grad=False)
         rank = factors["lora_A.weight"].shape[0]
-        alpha = _pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
+        alpha = of_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
         layer = LoraLinear(base, _NAME, self.config, r=rank, lora_alpha=alpha)
         with torch.no_grad():
             layer.lora_A[_NAME].weight.copy_(factors["lora_A.weight"].float())
@@ -90,8 +99,34 @@ def make_merging(adapter: Adapter, base: Path, dtype: torch.dtype | None) -> Mer
             f"{base}: {len(missing)} of {len(factors)} matrices that the adapter changes are not in its files, such as "
             f"{missing[0]}.weight; its files may name modules otherwise than the model class (--whole merges in memory)"
         )
+    turned = transposed(base)
+    config.fan_in_fan_out = False  # matrices are turned before PEFT sees them
+    raise_all(ModelError, _other_shapes(base, factors, turned))
     rounded = held_in_4_bits(adapter, base)
-    return Merging(adapter=adapter, config=config, factors=factors, dtype=dtype, rounded=rounded)
+    return Merging(adapter=adapter, config=config, factors=factors, dtype=dtype, transposed=turned, rounded=rounded)
+
+
+def _other_shapes(base: Path, factors: Mapping[str, Mapping[str, Tensor]], turned: frozenset[str]) -> list[str]:
+    """The first matrix that is not of the size its factors were made for, and how many there are."""
+    found = []
+    for path in weight_files(base):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                module = name.removesuffix(".weight")
+                if name.endswith(".weight") and module in factors:
+                    shape = tuple(file.get_slice(name).get_shape())
+                    a, b = factors[module]["lora_A.weight"], factors[module]["lora_B.weight"]
+                    wanted = (b.shape[0], a.shape[1])
+                    if shape != (wanted[::-1] if module in turned else wanted):
+                        found.append(f"{name} is {list(shape)}, and the adapter's factors make {list(wanted)}")
+    if not found:
+        return []
+    return [f"{base}: {found[0]} ({len(found)} of {len(factors)} matrices differ): it is a base of another size"]
+
+
+def transposed(base: Path) -> frozenset[str]:
+    """Modules of the model class that hold their matrix as (inputs, outputs)."""
+    return frozenset(name for name, module in skeleton(base).named_modules() if isinstance(module, Conv1D))
 
 
 def _refuse_kind(adapter: Adapter, config: Any) -> None:
@@ -104,6 +139,8 @@ def _refuse_kind(adapter: Adapter, config: Any) -> None:
         problems.append("it changes fused experts")
     if config.bias != "none":
         problems.append(f"it trained biases ({config.bias})")
+    if getattr(config, "lora_bias", False):
+        problems.append("its factors have biases (lora_bias)")
     if config.modules_to_save:
         problems.append(f"it replaces whole modules ({', '.join(config.modules_to_save)})")
     if problems:
@@ -114,19 +151,17 @@ def _refuse_kind(adapter: Adapter, config: Any) -> None:
 
 def _factors(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    with safe_open(adapter.weights, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+    with opened(adapter.weights) as file:
+        for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
             ending = next((one for one in _FACTORS if name.endswith(one)), None)
             if ending is None:
                 raise RecipeError(f"{adapter.weights}: {name} is no factor of a low-rank adapter; use --whole")
             module = name.removeprefix(_PREFIX).removesuffix(ending)
             found.setdefault(module, {})[ending.removeprefix(".")] = file.get_tensor(name)
+    half = sorted(module for module, one in found.items() if not {"lora_A.weight", "lora_B.weight"} <= set(one))
+    if half or not found:
+        raise ModelError(f"{adapter.weights}: {half[0] if half else 'it'} lacks a factor; the file is not whole")
     return found
-
-
-def _pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: a key of the pattern is the end of a module's name."""
-    return next((value for key, value in pattern.items() if module == key or module.endswith(f".{key}")), default)
 
 
 def round_to_4_bits(adapter: Adapter, weight: Tensor) -> Tensor:
@@ -162,10 +197,23 @@ def skeleton(base: Path) -> Any:
 # ---------------------------------------------------------------- files
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """What transformers loads: the one file, or those of the index; others, such as a second format's, are left out."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    try:
+        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        return sorted(folder.glob("*.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / INDEX}: cannot be read ({error}); copy it again") from error
+    return [folder / name for name in sorted(set(listed.values()))]
+
+
 def tensors(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name, file) of every tensor of a model folder."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for path in weight_files(folder):
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, path
 
@@ -174,10 +222,10 @@ def write_merged(merging: Merging, base: Path, target: Path, say: Callable[[str]
     """Write every shard of the merged model into `target`; returns how many matrices were changed."""
     changed, total_bytes, numbers = 0, 0, 0
     placed: dict[str, str] = {}
-    files = sorted(base.glob("*.safetensors"))
+    files = weight_files(base)
     for number, path in enumerate(files, start=1):
         shard: dict[str, Tensor] = {}
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
                 module = name.removesuffix(".weight")

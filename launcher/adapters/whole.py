@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from launcher.adapters.lineage import Adapter
-from launcher.adapters.proof import TOLERANCE, probe
-from launcher.adapters.shards import DTYPES, held_in_4_bits, round_to_4_bits
+from launcher.adapters.proof import TOLERANCE, probe, with_adapter, written_dtype
+from launcher.adapters.shards import held_in_4_bits, round_to_4_bits
 from launcher.errors import JobFailedError, RecipeError
 
 _SHARD = "5GB"
@@ -37,11 +37,11 @@ def merge_whole(adapter: Adapter, base: Path, target: Path, dtype: torch.dtype |
     for name, module in model.named_modules():
         if name in rounded and isinstance(module, nn.Linear):
             module.weight.data = round_to_4_bits(adapter, module.weight.data)
-    together = peft.PeftModel.from_pretrained(model, str(adapter.folder)).eval()
+    together = with_adapter(model, adapter.folder)
     expected = probe(together)
     layers = sum(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in together.modules())
-    merged = together.merge_and_unload(safe_merge=True)
-    written = dtype or DTYPES.get(str(adapter.lineage.get("base_dtype")), torch.float32)
+    merged = _merged(together, adapter.folder)
+    written = dtype or written_dtype(base)
     found = probe(merged.to(written).float())
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     limit = TOLERANCE[written]
@@ -53,3 +53,16 @@ def merge_whole(adapter: Adapter, base: Path, target: Path, dtype: torch.dtype |
     merged.to(written).save_pretrained(target, max_shard_size=_SHARD)
     name = str(written).removeprefix("torch.")
     return layers, {"compared": "logits", "difference": difference, "limit": limit, "dtype": name}
+
+
+def _merged(together: Any, folder: Path) -> Any:
+    """PEFT's merge.
+
+    Raises:
+        RecipeError: it has none for this adapter.
+    """
+    try:
+        return together.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{folder}: PEFT does not merge it ({reason}); serve the adapter on its base") from error

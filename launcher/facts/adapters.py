@@ -7,12 +7,15 @@ common with another for the sum to mean anything is the lineage's: the same base
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ModelError
+from launcher.facts.weights import shard_problem
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -56,6 +59,29 @@ class AdapterFacts:
         """The highest rank of its modules; 0 where it has no factors."""
         return max(self.ranks.values(), default=0)
 
+    @property
+    def one_rank(self) -> bool:
+        """Whether all its modules have the rank that the configuration's r says."""
+        return all(rank == self.config.get("r") for rank in self.ranks.values())
+
+    @property
+    def one_scaling(self) -> bool:
+        """Whether all its modules have the scaling that r and lora_alpha make, without patterns."""
+        rank = self.config.get("r") or self.rank
+        plain = scaling({**self.config, "alpha_pattern": None}, "", rank)
+        return all(math.isclose(scaling(self.config, name, own), plain) for name, own in self.ranks.items())
+
+    @property
+    def partly(self) -> tuple[str, ...]:
+        """Kinds of modules, such as q_proj, that have factors on some layers and none on others."""
+        layers: dict[str, set[int]] = {}
+        for name in self.ranks:
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            if numbers:
+                layers.setdefault(name.rpartition(".")[2], set()).add(numbers[0])
+        last = max((max(found) for found in layers.values()), default=0)
+        return tuple(sorted(kind for kind, found in layers.items() if len(found) <= last))
+
 
 def read_adapter_facts(folder: Path) -> AdapterFacts:
     """Configuration, lineage and shapes of an adapter folder.
@@ -65,6 +91,9 @@ def read_adapter_facts(folder: Path) -> AdapterFacts:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        torn = shard_problem(folder / WEIGHTS)
+        if torn:
+            raise ModelError(torn)
         header = read_header(folder / WEIGHTS)
         metadata = header.pop("__metadata__", {})
         lineage = json.loads(metadata.get(LINEAGE, "{}"))
@@ -74,6 +103,18 @@ def read_adapter_facts(folder: Path) -> AdapterFacts:
     if not isinstance(config, dict) or not isinstance(lineage, dict):
         raise ModelError(f"{folder}: {CONFIG} or the lineage in {WEIGHTS} is not an object")
     return AdapterFacts(folder=folder, config=config, lineage=lineage, shapes=shapes)
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """PEFT's factor of a module: alpha / r, or alpha / sqrt(r) when rank-stabilised (rsLoRA, arXiv 2312.03732)."""
+    alpha = float(of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule (get_pattern_key): the first key that, as a regular expression, is the end of the module's name."""
+    named = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(named, default)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -174,5 +215,5 @@ def _other_ranks(parents: Sequence[AdapterFacts], how: str) -> Iterator[str]:
         if other or first.rank != one.rank:
             yield (
                 f"{one.folder}: has rank {one.rank}, {first.name} {first.rank}, and {how} adds factors of one rank "
-                f"only; --how {wider} takes any ranks (as do cat and svd)"
+                f"only; --how {wider} takes any ranks{'' if wider == 'svd' else ', as do cat and svd'}"
             )

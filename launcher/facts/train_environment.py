@@ -17,6 +17,8 @@ from launcher import errors
 from launcher.errors import ClusterError, LauncherError
 from launcher.facts.offer import Site
 
+_GRACE_S = 30.0
+
 
 def train_python(site: Site | None = None) -> str:
     """Interpreter of the train environment: the site's, $LAUNCHER_VENV's, or the one that runs now."""
@@ -38,15 +40,7 @@ def ask(module: str, request: Mapping[str, Any], *, python: str, verb: str, time
         LauncherError: what the other side found, in its class and words.
     """
     try:
-        done = subprocess.run(
-            [python, "-m", module],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment() | {"TOKENIZERS_PARALLELISM": "true"},
-        )
+        done = _run([python, "-m", module], json.dumps(request), timeout_s)
     except OSError as error:
         raise ClusterError(f"{verb}: cannot run {python}: {error}") from error
     except subprocess.TimeoutExpired as error:
@@ -60,6 +54,23 @@ def ask(module: str, request: Mapping[str, Any], *, python: str, verb: str, time
             raise kind(*answer["problems"])
         raise ClusterError(f"{verb}: {answer['error']}", *answer["problems"])
     return answer
+
+
+def _run(words: list[str], text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, but what is ended early (time, Ctrl-C) may remove what it was writing before it is killed."""
+    pipe = subprocess.PIPE
+    variables = environment() | {"TOKENIZERS_PARALLELISM": "true"}
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=variables) as child:
+        try:
+            out, error = child.communicate(text, timeout=timeout_s)
+        except BaseException:
+            child.terminate()
+            try:
+                child.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+    return subprocess.CompletedProcess(words, child.returncode, out, error)
 
 
 def _failure(verb: str, python: str, stderr: str) -> str:

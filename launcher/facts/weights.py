@@ -22,7 +22,7 @@ def model_folder_problems(folder: Path) -> list[str]:
         problems.append(
             f"{folder}: no tokenizer (none of {', '.join(_TOKENIZERS)}); copy the model's tokenizer files there"
         )
-    return problems + _weight_problems(folder)
+    return problems + weight_problems(folder)
 
 
 def _json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
@@ -54,7 +54,8 @@ def _custom_code(folder: Path, auto_map: Any) -> list[str]:
     ]
 
 
-def _weight_problems(folder: Path) -> list[str]:
+def weight_problems(folder: Path) -> list[str]:
+    """What is missing or torn among the safetensors files of a model folder; empty when they are whole."""
     if (folder / _INDEX).is_file():
         return _shard_problems(folder)
     shards = sorted(folder.glob("*.safetensors"))

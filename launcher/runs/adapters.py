@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from launcher.facts.adapters import not_combinable, not_plain_lora, read_adapter
 from launcher.facts.train_environment import ask, train_python
 from launcher.recipe.load import load_recipe
 from launcher.runs import named
-from launcher.runs.folder import RunFolder
+from launcher.runs.folder import RunFolder, read_json
 from launcher.runs.registry import find
+from launcher.runs.signing import SUMS
 from launcher.runs.status import find_run, runs_folder
 
 MODULE = "launcher.adapters.job"
 _TIMEOUT_S = 12 * 3600.0
+_ARTIFACT = ("*.safetensors", "*/*.safetensors", SUMS)
+_SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 
 
 def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None]:
@@ -38,7 +42,9 @@ def find_adapter(name: str, parent: Path | None) -> tuple[Path, RunFolder | None
     if (run.adapter / "adapter_config.json").is_file():
         return run.adapter, run
     if run.model.is_dir():
-        raise RecipeError(f"{run.run_id} was fully fine-tuned: it has a whole model ({run.model}) and no adapter")
+        raise RecipeError(
+            f"{run.run_id} was fully fine-tuned: it has a whole model and no adapter; serve it: vllm serve {run.model}"
+        )
     raise JobFailedError(f"{run.run_id} has no adapter: it has not finished (launcher status {run.run_id})")
 
 
@@ -50,6 +56,8 @@ def artifact_folder(name: str, parent: Path | None) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "plan.json").is_file():
+        if not any(next(path.glob(pattern), None) for pattern in _ARTIFACT):
+            raise RecipeError(f"{path}: holds no safetensors file; name an adapter, a merged or an exported folder")
         return path.resolve()
     run = find(name, parent)
     return run.model if isinstance(run, RunFolder) and run.model.is_dir() else find_adapter(name, parent)[0]
@@ -64,10 +72,9 @@ def merge_request(
         RecipeError, JobFailedError: no adapter. ModelError: no base folder. ConflictError: the target exists.
     """
     adapter, run = find_adapter(name, parent)
-    folder = base_folder(adapter, base)
+    folder = base_folder(adapter, base, run)
     target = output or (run.path / "merged" if run else adapter.with_name(f"{adapter.name}-merged"))
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    _refuse_there(target)
     return {
         "ask": "merge",
         "adapter": str(adapter),
@@ -79,20 +86,28 @@ def merge_request(
     }
 
 
-def base_folder(adapter: Path, named: Path | None) -> Path:
-    """The base's folder on this machine.
+def base_folder(adapter: Path, given: Path | None, run: RunFolder | None = None) -> Path:
+    """The base's folder on this machine; a relative one is looked for from here and from where `run` was submitted.
 
     Raises:
-        ModelError: the adapter names an id or a folder that is not here.
+        ModelError: the adapter names an id or a folder that is not here, or its files cannot be read.
     """
-    if named is not None:
-        found = named.expanduser()
+    if given is not None:
+        told, found = str(given), [given.expanduser()]
     else:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        found = Path(str(config.get("base_model_name_or_path") or "")).expanduser()
-    if not (found / "config.json").is_file():
-        raise ModelError(f"{found}: is no model folder on this machine; name the base with --base FOLDER")
-    return found.resolve()
+        told = str(read_adapter_facts(adapter).config.get("base_model_name_or_path") or "")
+        request = read_json(run.job).get("request") if run else None
+        submitted = str(request.get("chdir") or ".") if isinstance(request, dict) else "."
+        found = [place / Path(told).expanduser() for place in (Path(), Path(submitted))] if told else []
+    here = next((path.resolve() for path in found if (path / "config.json").is_file()), None)
+    if here is None:
+        raise ModelError(f"{told or adapter}: is no model folder on this machine; name the base with --base FOLDER")
+    return here
+
+
+def _refuse_there(target: Path) -> None:
+    if target.exists():
+        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
 
 
 def merge(request: dict[str, Any]) -> dict[str, Any]:
@@ -121,21 +136,23 @@ def export_request(
     """
     adapter, run = find_adapter(name, parent)
     try:
-        folder: Path | None = base_folder(adapter, base)
+        folder: Path | None = base_folder(adapter, base, run)
     except ModelError:
         if base is not None:
             raise
         folder = None
     target = output or (run.path / "export" / engine if run else adapter.with_name(f"{adapter.name}-{engine}"))
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    _refuse_there(target)
+    called = served_name or (run.run_id if run else named.name_of(runs_folder(parent), adapter) or adapter.name)
+    if not _SERVED_NAME.fullmatch(called):
+        raise RecipeError(f"--name: engines cannot serve {called!r}; letters, digits and . _ : / -, first no sign")
     return {
         "ask": "export",
         "adapter": str(adapter),
         "base": str(folder) if folder else None,
         "target": str(target.resolve()),
         "engine": engine,
-        "name": served_name or (run.run_id if run else named.name_of(runs_folder(parent), adapter) or adapter.name),
+        "name": called,
         "trust_base": trust_base,
     }
 
@@ -160,7 +177,8 @@ def combine_request(
         RecipeError: fewer than two adapters, settings that the way does not take, or adapters that do not go together.
         JobFailedError: a run has no adapter yet. ConflictError: the target exists, or the name is something else's.
     """
-    folders = [find_adapter(one, parent)[0] for one in names]
+    found = [find_adapter(one, parent) for one in names]
+    folders = [folder for folder, _ in found]
     facts = [read_adapter_facts(folder) for folder in folders]
     raise_all(
         RecipeError,
@@ -179,6 +197,7 @@ def combine_request(
         "rank": rank,
         "seed": seed,
         "trust_base": trust_base,
+        "base_folder": _base_here(*found[0]),
         **_place(parent, name, target),
     }
 
@@ -220,7 +239,7 @@ def reduce_request(
         RecipeError: no adapter that can be reduced to `rank`. JobFailedError: the run has none yet.
         ModelError: the base is not here. ConflictError: the target exists, or the name is something else's.
     """
-    folder, _ = find_adapter(adapter, parent)
+    folder, run = find_adapter(adapter, parent)
     facts = read_adapter_facts(folder)
     problems = not_plain_lora(facts)
     if rank >= facts.rank and not problems:
@@ -230,10 +249,19 @@ def reduce_request(
         "ask": "reduce",
         "adapter": str(folder),
         "rank": rank,
-        "base": str(base_folder(folder, base)) if prove or base else None,
+        "base": str(base_folder(folder, base, run)) if prove or base else None,
         "trust_base": trust_base,
+        "base_folder": _base_here(folder, run),
         **_place(parent, name, target),
     }
+
+
+def _base_here(adapter: Path, run: RunFolder | None) -> str | None:
+    """What an adapter made of this one may say of where the base is: its run's relative folder leads there no more."""
+    try:
+        return str(base_folder(adapter, None, run))
+    except ModelError:
+        return None
 
 
 def _place(parent: Path | None, name: str | None, target: Path | None) -> dict[str, Any]:
@@ -293,8 +321,7 @@ def checkpoint_request(
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: is no model folder on this machine; name the base with --base FOLDER")
     target = output or run.path / "export" / "checkpoint"
-    if target.exists():
-        raise ConflictError(f"{target} exists already; name another folder with -o, or move it away")
+    _refuse_there(target)
     precision = recipe.train.precision
     return {
         "ask": "export_checkpoint",

@@ -83,9 +83,14 @@ def adopt_orphans() -> None:
 
 def die_with(parent: int) -> None:
     """In a new child: ask the kernel to kill it when `parent` dies, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with(parent, signal.SIGKILL)
+
+
+def end_with(parent: int, number: signal.Signals) -> None:
+    """The same with a signal that can be handled."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def descendants(pid: int) -> list[int]:

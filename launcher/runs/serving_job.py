@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ClusterError, LauncherError, RecipeError, raise_all
-from launcher.facts.adapters import AdapterFacts, read_adapter_facts
+from launcher.facts.adapters import read_adapter_facts
 from launcher.facts.command import run_slurm
-from launcher.facts.serving import Served, refusals, serve_command
+from launcher.facts.serving import refusals, serve_command, served_of
 from launcher.facts.site import Site, site_facts
 from launcher.facts.train_environment import environment, train_python
 from launcher.runs.folder import write_atomic, write_json
@@ -53,7 +53,9 @@ def vllm_command(request: Mapping[str, Any], *, gpus: int = 1) -> list[str]:
         RecipeError: vLLM would refuse one of them; every reason.
     """
     facts = [(one["name"], read_adapter_facts(Path(one["folder"]))) for one in request["adapters"]]
-    problems = [f"{name}: vLLM would refuse it: {why}" for name, one in facts for why in refusals("vllm", served(one))]
+    problems = [
+        f"{name}: vLLM would refuse it: {why}" for name, one in facts for why in refusals("vllm", served_of(one))
+    ]
     if request["port"] == 0:
         problems.append("--port 0: a job cannot tell its clients beforehand; name a port")
     raise_all(RecipeError, problems)
@@ -78,21 +80,6 @@ def _held(base: Mapping[str, Any]) -> list[str]:
     """vLLM's options for how the base is held (its bitsandbytes support quantizes while it loads)."""
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[base["dtype"]]
     return ["--dtype", dtype, *(["--quantization", "bitsandbytes"] if base["quantization"] else [])]
-
-
-def served(facts: AdapterFacts) -> Served:
-    """What vLLM looks at."""
-    config = facts.config
-    kind = str(config.get("peft_type", "")).lower()
-    method = {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}.get(kind, kind)
-    return Served(
-        method="dora" if method == "lora" and config.get("use_dora") else method,
-        rank=facts.rank or None,
-        target_modules=tuple(config.get("target_modules") or ()),
-        bias=config.get("bias", "none"),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        fused_experts=bool(config.get("target_parameters")),
-    )
 
 
 def find_vllm(python: str) -> str:

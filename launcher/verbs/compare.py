@@ -42,7 +42,7 @@ def command(
     as_json: bool,
     parent: Path | None,
 ) -> None:
-    """Compare runs (names or tags; adapters made of theirs, too): quality, retention, time, memory, cost, plan, rows won and answers.
+    """Compare runs and adapters (names or tags): quality, retention, time, memory, cost, plan, rows won and answers.
 
     Each base is loaded once, every adapter on it in turn, on this machine. A winner is called only where other rows of
     the same kind would hardly change it.

@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Merge shard by shard in bounded memory, prove the result and write it with tokenizer and model card.
 
-    RUN is a run or an adapter folder. A QLoRA base is rounded to 4 bits and back first, as it was in training.
+    RUN is a run, an adapter's name, tag or folder. A QLoRA base is rounded to 4 bits and back first, as in training.
     """
     from launcher.runs import adapters
 
@@ -52,4 +52,4 @@ def command(
         f"largest difference of {proof['compared']} from base and adapter together: {proof['difference']:.1e} "
         f"of the largest (limit {proof['limit']:g} in {proof['dtype']})"
     )
-    click.echo(f"Next: launcher export {run} --for merged, or: vllm serve {made['path']}", err=True)
+    click.echo(f"Next: vllm serve {made['path']} · launcher adapters sign {made['path']}", err=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from launcher.planning.plan import Candidate
 from launcher.recipe.schema import Recipe
@@ -55,6 +57,19 @@ def train_adapter(folder: Path, method: str, *, steps: int = 8, **changes: Any) 
     run = RunFolder.create(folder / "runs", method)
     path = write_artifact(state, model, load_tokenizer(recipe), recipe, run, data_key="data")
     return Adapted(recipe, candidate, model.eval(), path)
+
+
+def of_peft(base: Path, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """An adapter as another tool would write it: random factors through PEFT, and no lineage."""
+    settings = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    torch.manual_seed(seed)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.05)
+    tuned.save_pretrained(folder)
+    return folder
 
 
 def loss(model: nn.Module) -> Tensor:

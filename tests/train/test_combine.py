@@ -19,7 +19,7 @@ from launcher.cli import main
 from launcher.errors import ConflictError, RecipeError
 from launcher.facts.adapters import FACTORWISE, PRODUCTWISE, WAYS
 from tests.tiny import make_model_dir
-from tests.train.adapters import logits, train_adapter
+from tests.train.adapters import logits, of_peft, train_adapter
 
 WEIGHTS = [0.7, -0.4]
 SEED = 11
@@ -36,19 +36,6 @@ def pair(tmp_path_factory):
 def base(pair):
     """The folder of their base."""
     return pair[0].base
-
-
-def of_peft(base, folder, *, seed=0, **settings):
-    """An adapter as another tool would write it: random factors through PEFT, and no lineage."""
-    settings = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    torch.manual_seed(seed)
-    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**settings))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if ".lora_B" in name:
-                parameter.normal_(std=0.05)
-    tuned.save_pretrained(folder)
-    return folder
 
 
 def ask(adapters, target, how="linear", **changes):
@@ -330,7 +317,7 @@ def test_what_is_made_has_a_name_and_goes_on_by_it(launcher, pair, tmp_path, mon
     assert listed["both"]["tags"] == ["best"]
     assert [one["weight"] for one in listed["both"]["parents"]] == [0.5, 0.5]
     assert listed["small"]["made"] == "rank 8 cut to 2 of both"
-    assert (tmp_path / "elsewhere" / "README.md").read_text().splitlines()[6] == "# small"
+    assert "\n# small\n" in (tmp_path / "elsewhere" / "README.md").read_text()
     merged = CliRunner().invoke(main, ["merge", "small", "-o", str(tmp_path / "merged")])
     assert merged.exit_code == 0, merged.output
     assert launcher("reduce", "both", "--rank", "3", "--name", "small").exit_code == 7
@@ -344,3 +331,29 @@ def test_every_problem_of_a_command_line_at_once(launcher, pair, tmp_path):
     for words in ("3 numbers for 2 adapters", "other than 0", "needs --density", "--rank: 4"):
         assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ended_combination_leaves_nothing(tmp_path):
+    """SIGTERM while the result is being written: the folder it was writing goes with it."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        name = "base_model.model.model.layers.0.mlp.up_proj"
+        tensors = {f"{name}.lora_A.weight": torch.randn(64, 200_000), f"{name}.lora_B.weight": torch.randn(200_000, 64)}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        peft.LoraConfig(r=64, target_modules=["up_proj"], base_model_name_or_path="org/large").save_pretrained(folder)
+    request = ask([tmp_path / "0", tmp_path / "1"], tmp_path / "new" / "both", "cat") | {"ask": "combine"}
+    with subprocess.Popen([sys.executable, "-m", "launcher.adapters.job"], stdin=subprocess.PIPE, text=True) as job:
+        job.stdin.write(json.dumps(request))
+        job.stdin.close()
+        until = time.monotonic() + 120
+        while not list((tmp_path / "new").glob(".both.*")) and job.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+        job.send_signal(signal.SIGTERM)
+    assert job.returncode == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

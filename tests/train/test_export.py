@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -9,15 +10,17 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launcher.adapters.export import export
 from launcher.adapters.from_checkpoint import export_checkpoint
+from launcher.adapters.lineage import read_adapter
 from launcher.errors import ConflictError, RecipeError
 from launcher.facts.serving import ENGINES, VLLM_RANKS, Served, max_lora_rank, refusals, serve_command
 from launcher.worker.saved import open_saved
 from tests.tiny import make_recipe
-from tests.train.adapters import train_adapter
+from tests.train.adapters import of_peft, train_adapter
 from tests.train.ranks import Ranks
 from tests.train.runs import candidate_for, make_run, train_here
 
@@ -118,7 +121,93 @@ def test_the_verb_prints_the_command_and_tells_what_it_could_not_compare(lora, t
     result = CliRunner().invoke(main, ["export", str(folder), "--for", "vllm", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "not loaded and compared" in result.stdout
-    assert "vllm serve model --enable-lora --max-lora-rank 8" in result.stdout
+    assert 'vllm serve "$BASE" --enable-lora --max-lora-rank 8' in result.stdout
+    unset = subprocess.run([tmp_path / "out" / "serve.sh"], capture_output=True, text=True, check=False, env={})
+    assert "BASE: must name the folder of the base model, model" in unset.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_and_scalings_of_their_own_are_evened(lora, engine, tmp_path):
+    """Engines read one r and one lora_alpha for all modules: the products are kept, the patterns are gone."""
+    odd = of_peft(lora.base, tmp_path / "odd", r=6, lora_alpha=12, rank_pattern={"v_proj": 3},
+                  alpha_pattern={".*layers.1.*proj": 5})  # fmt: skip
+    made = export(ask(lora, tmp_path / "out", engine, adapter=str(odd), trust_base=True))
+    assert made["evened"]
+    assert made["round_trip_difference"] <= 1e-5
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["lora_alpha"] / config["r"]) == ({}, {}, 1.0)
+    assert config["r"] == (8 if engine == "tgi" else 6)
+    held = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in held.items() if "lora_A" in name} == {config["r"]}
+
+
+def test_a_pattern_of_modules_is_written_out(lora, tmp_path):
+    """Engines do not read PEFT's regular expressions: the modules themselves are named, and judged."""
+    adapter = of_peft(lora.base, tmp_path / "adapter", target_modules=r".*\.(q_proj|v_proj)")
+    export(ask(lora, tmp_path / "out", "sglang", adapter=str(adapter), trust_base=True))
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    head = of_peft(lora.base, tmp_path / "head", target_modules=r".*lm_head")
+    with pytest.raises(RecipeError, match="it changes lm_head"):
+        export(ask(lora, tmp_path / "head-out", "sglang", adapter=str(head), trust_base=True))
+
+
+def test_some_layers_only_is_not_for_tgi(lora, tmp_path):
+    """Which leaves out a kind of module that is not on every layer; the others take it."""
+    first = of_peft(lora.base, tmp_path / "first", target_modules=["q_proj", "v_proj"])
+    path = first / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if "layers.0.self_attn.v_proj" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="v_proj on some layers only"):
+        export(ask(lora, tmp_path / "tgi", "tgi", adapter=str(first), base=None))
+    assert export(ask(lora, tmp_path / "vllm", "vllm", adapter=str(first), base=None))["command"]
+
+
+def renamed(adapter, folder, **changes):
+    """A copy of an adapter whose lineage says something else."""
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    told = json.dumps(read_adapter(folder).lineage | changes)
+    save_file(load_file(path), path, metadata={"format": "pt", "launcher.lineage": told})
+    return folder
+
+
+def test_a_base_on_the_hub_is_served_at_its_revision(lora, tmp_path):
+    """The id and the commit of the lineage are in the command; another commit would be another base."""
+    folder = renamed(lora.adapter, tmp_path / "adapter", base="org/base", base_revision="c0ffee")
+    for engine in ENGINES:
+        made = export(ask(lora, tmp_path / engine, engine, adapter=str(folder), base=None))
+        assert " org/base " in made["command"]
+        assert made["command"].endswith("--revision c0ffee")
+        assert "base_model: org/base" in (tmp_path / engine / "adapter" / "README.md").read_text()
+
+
+def test_a_base_that_was_rounded_is_served_rounded_or_that_is_said(tmp_path):
+    """vLLM quantizes to nf4 while it loads; for the others the command is given with a warning."""
+    adapted = train_adapter(tmp_path, "qlora")
+    assert "--quantization bitsandbytes" in export(ask(adapted, tmp_path / "vllm"))["command"]
+    assert "launcher merge" in export(ask(adapted, tmp_path / "tgi", "tgi"))["notices"][0]
+
+
+def test_the_name_of_a_base_runs_nothing(lora, tmp_path):
+    """What stands in an adapter's lineage is a stranger's word; serve.sh is a script."""
+    folder = renamed(lora.adapter, tmp_path / "adapter", base="x}$(touch ran)`touch ran`")
+    export(ask(lora, tmp_path / "out", adapter=str(folder), base=None))
+    done = subprocess.run([tmp_path / "out" / "serve.sh"], cwd=tmp_path, env={}, capture_output=True, check=False)
+    assert done.returncode != 0
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_options_that_would_do_nothing_are_refused(lora, tmp_path):
+    """--dtype and --whole with an engine that loads adapters; a name that no engine can serve."""
+    from launcher.cli import main
+
+    for words, why in ((["--dtype", "bf16"], "--dtype is for merged"), (["--whole"], "--whole is for merged"),
+                       (["--name", "a=b"], "cannot serve 'a=b'")):  # fmt: skip
+        asked = ["export", str(lora.adapter), "--for", "vllm", "-o", str(tmp_path / "out"), *words]
+        done = CliRunner().invoke(main, asked)
+        assert (done.exit_code, why in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launcher.adapters.lineage import read_adapter
 from launcher.adapters.merging import merge
-from launcher.errors import ConflictError, JobFailedError, RecipeError
-from tests.train.adapters import logits, train_adapter
+from launcher.errors import ClusterError, ConflictError, JobFailedError, ModelError, RecipeError
+from tests.train.adapters import logits, of_peft, train_adapter
 
 MIB = 2**20
 
@@ -151,3 +151,107 @@ def test_memory_is_bounded_by_a_shard_and_not_by_the_model(tmp_path):
     assert weights == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     alone = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert share(logits(alone), logits(tuned.eval())) <= 1e-4
+
+
+# ---------------------------------------------------------------- bases and adapters as they come
+
+SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {},
+    "gemma2": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16},
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+}
+
+
+def random_base(folder, kind, **changes):
+    """A model of a family with random weights."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SIZES | FAMILIES.get(kind, {}) | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def together(base, adapter):
+    """Logits of base and adapter as PEFT loads them."""
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return logits(peft.PeftModel.from_pretrained(model, str(adapter)).eval())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_merges_matrix_by_matrix(kind, tmp_path):
+    """Tied embeddings, biases, fused and transposed matrices: fp32 within 1e-4, bf16 within 2e-2, by both proofs."""
+    base = random_base(tmp_path / "base", kind)
+    adapter = of_peft(base, tmp_path / "adapter")
+    request = {"adapter": str(adapter), "base": str(base), "trust_base": True}
+    expected = together(base, adapter)
+    for dtype, limit, proof_bytes in (("fp32", 1e-4, None), ("bf16", 2e-2, None), ("fp32", 1e-4, 0)):
+        target = tmp_path / f"{dtype}-{proof_bytes}"
+        made = merge(request | {"target": str(target), "dtype": dtype, "proof_bytes": proof_bytes})
+        assert made["proof"]["difference"] <= limit
+        assert (
+            share(logits(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()), expected) <= limit
+        )
+
+
+def test_a_base_of_another_size_is_said_before_anything_is_written(tmp_path):
+    """Where the adapter does not say its base, the sizes of the matrices do."""
+    adapter = of_peft(random_base(tmp_path / "base", "llama"), tmp_path / "adapter")
+    other = random_base(tmp_path / "other", "llama", intermediate_size=160)
+    request = {"adapter": str(adapter), "base": str(other), "target": str(tmp_path / "new" / "merged")}
+    with pytest.raises(ModelError, match=r"down_proj.weight is \[64, 160\].*\[64, 128\].*\(6 of 14 matrices differ\)"):
+        merge(request | {"trust_base": True})
+    with pytest.raises(ModelError, match="PEFT cannot put it on"):
+        merge(request | {"trust_base": True, "whole": True})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("torn", ["base", "adapter"])
+def test_torn_files_are_named(torn, tmp_path):
+    """A copy that stopped half-way is a model error with the file and its length, and no half of a merge."""
+    base = random_base(tmp_path / "base", "llama")
+    adapter = of_peft(base, tmp_path / "adapter")
+    path = next((tmp_path / torn).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    request = {"adapter": str(adapter), "base": str(base), "target": str(tmp_path / "merged"), "trust_base": True}
+    with pytest.raises(ModelError, match=f"{path.name}: truncated: "):
+        merge(request)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_files_of_a_second_format_are_no_part_of_the_model(tmp_path):
+    """Published folders may hold the same weights twice: what transformers does not load is not merged and written."""
+    base = random_base(tmp_path / "base", "llama")
+    adapter = of_peft(base, tmp_path / "adapter")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(64, 64)}, base / "consolidated.safetensors")
+    merge({"adapter": str(adapter), "base": str(base), "target": str(tmp_path / "merged"), "trust_base": True})
+    assert [path.name for path in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}, {"lora_bias": True}])
+def test_more_than_factors_is_merged_whole(settings, tmp_path):
+    """Replaced modules and biases: refused matrix by matrix with the way out, which writes what its config says."""
+    base = random_base(tmp_path / "base", "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    adapter = of_peft(base, tmp_path / "adapter", **settings)
+    request = {"adapter": str(adapter), "base": str(base), "target": str(tmp_path / "merged"), "trust_base": True}
+    with pytest.raises(RecipeError, match="--whole"):
+        merge(request)
+    made = merge(request | {"whole": True, "dtype": "bf16"})
+    assert made["proof"]["difference"] <= 2e-2
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_target_that_cannot_be_written_is_an_error_of_the_place(adapted, tmp_path):
+    """A file where a folder would have to be: exit 5 with its name, and no folder that was made on the way."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClusterError, match=r"file.*nothing was written"):
+        merge(ask(adapted, tmp_path / "file" / "deeper" / "merged"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
