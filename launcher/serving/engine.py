@@ -19,7 +19,7 @@ from launcher.serving.cohort import Cohort
 from launcher.serving.model import Served
 from launcher.serving.names import BASE
 from launcher.serving.problems import ApiError, no_such_model
-from launcher.serving.rows import Broken, Row
+from launcher.serving.rows import Broken, Finished, Row
 
 _READ_TOKENS = 4096
 """Padded prompt tokens that are read between two steps of the others; one prompt may have more."""
@@ -94,8 +94,11 @@ class Engine:
                     raise no_such_model(row.entry.name, [])
             self._forget_cancelled()
             self._refuse_too_many(len(rows))
-            self._waiting += rows
+            self._waiting += (row for row in rows if not row.wants_nothing)
             self._changed.notify()
+        for row in rows:
+            if row.wants_nothing:
+                row.sink(Finished("length", 0))
 
     def _refuse_too_many(self, new: int) -> None:
         most = self._limits.rows + self._limits.waiting

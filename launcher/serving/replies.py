@@ -62,6 +62,10 @@ class Form:
             return None
         return as_chat(scored, self.say) if self.chat else as_completion(scored, self.say, offset)
 
+    def width(self, scored: Sequence[Scored]) -> int:
+        """Characters of tokens' own texts, by which a completion's offsets count."""
+        return sum(len(self.say(one.token)) for one in scored) if self.say is not None else 0
+
     def first(self, index: int, echo: str) -> Iterator[dict[str, Any]]:
         """What a choice's stream begins with: a chat says who speaks."""
         if self.chat:

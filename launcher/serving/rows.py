@@ -68,6 +68,11 @@ class Row:
     def __post_init__(self) -> None:
         self.generator = self.sampling.generator()
 
+    @property
+    def wants_nothing(self) -> bool:
+        """Whether the model need not be asked: a prompt is to be repeated, and no more."""
+        return not self.most_tokens and not self.scores_prompt
+
     def take(self, token: int, scored: Scored | None = None) -> bool:
         """One more token; whether the answer goes on."""
         self.tokens += 1

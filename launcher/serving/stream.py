@@ -17,6 +17,9 @@ from launcher.serving.problems import ApiError
 from launcher.serving.replies import Choice, Form, Usage
 from launcher.serving.rows import Broken, Event, Finished, Piece, Row
 
+_GONE = 499
+"""Nobody reads it but the log, where 500 would be our fault (nginx's number for this)."""
+
 
 class Answer:
     """Events of one request's rows; the model's thread calls the sinks, the endpoint waits for the events."""
@@ -111,7 +114,7 @@ async def whole(request: Request, asked: Asked) -> dict[str, Any]:
 async def _cancel_when_gone(request: Request, asked: Asked) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    asked.answer.sink(0)(Broken("the client has gone"))
+    asked.answer.sink(0)(Broken("the client has gone", status=_GONE))
 
 
 class Stream(StreamingResponse):
@@ -142,7 +145,7 @@ async def _events(asked: Asked, *, with_usage: bool) -> AsyncIterator[str]:
         async for index, event in asked.events():
             if isinstance(event, Piece):
                 yield _event(form.piece(index, event.text, event.scored, offsets[index]) | filler)
-                offsets[index] += len(event.text)
+                offsets[index] += form.width(event.scored)
             else:
                 yield _event(form.last(index, event.reason) | filler)
         if with_usage:

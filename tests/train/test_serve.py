@@ -295,6 +295,17 @@ def test_logprobs_are_those_of_the_model(server, trained, name):
     scored = complete(server, name, prompt, 0, logprobs=0, echo=True)
     assert scored.choices[0].logprobs.token_logprobs == told.logprobs.token_logprobs[: len(prompt)]
     assert (scored.usage.completion_tokens, scored.choices[0].finish_reason) == (0, "length")
+    streamed = [chunk.choices[0] for chunk in complete(server, name, PROMPTS[0], 6, logprobs=3, echo=True, stream=True)]
+    assert "".join(one.text for one in streamed) == told.text
+    parts = [one.logprobs for one in streamed if one.logprobs]
+    assert [offset for part in parts for offset in part.text_offset] == told.logprobs.text_offset
+
+
+def test_a_prompt_can_be_repeated_without_an_answer(server):
+    """Its text and its tokens, for nothing more than that."""
+    told = complete(server, "red", PROMPTS[0], 0, echo=True)
+    assert (told.choices[0].text, told.choices[0].finish_reason) == (PROMPTS[0], "length")
+    assert (told.usage.completion_tokens, told.usage.prompt_tokens > 0) == (0, True)
 
 
 def test_a_chats_logprobs_are_the_same_streamed_or_not(server):
@@ -386,6 +397,7 @@ def test_a_client_that_leaves_makes_room(server):
     left_s, began = time.monotonic() - began, time.monotonic()
     assert complete(server, "red", PROMPTS[0], many).usage.completion_tokens == many
     assert left_s < (time.monotonic() - began) / 2, "it was answered to the end"
+    assert re.search(r"POST /v1/completions 200 model=red prompt=\d+ completion=\d+ finish=left", server.log())
 
 
 def test_each_request_leaves_a_line_and_nothing_of_its_text(server):
@@ -403,6 +415,9 @@ def test_each_request_leaves_a_line_and_nothing_of_its_text(server):
         assert time.monotonic() - began < PATIENCE_S, (missing, server.log())  # a stream's line follows its last event
         time.sleep(0.02)
     assert "secret" not in server.log()
+    metrics = httpx.get(server.url.removesuffix("/v1") + "/metrics", timeout=PATIENCE_S).text
+    assert "een" not in metrics, "who is not served is no label"
+    assert re.search(r'(?m)^launcher_completion_tokens_total\{model="red"\} \d+$', metrics)
     assert "/health" not in server.log()
 
 
@@ -475,7 +490,7 @@ def test_adapters_that_do_not_belong_here_are_refused_and_leave_no_trace(server,
     refused = {
         str(foreign.adapter): "weights are not those that",
         str(kind): "its kind is LOHA, which cannot stand beside others",
-        str(torn): "no adapter that can be opened",
+        str(torn): "adapter_model.safetensors",
         str(tmp_path / "nothing"): "no adapter that can be opened",
     }
     for folder, words in refused.items():
@@ -485,6 +500,37 @@ def test_adapters_that_do_not_belong_here_are_refused_and_leave_no_trace(server,
     assert server.post("/unload_lora_adapter", {"lora_name": "spare"}).status_code == 404
     assert server.post("/unload_lora_adapter", {"lora_name": "base"}).status_code == 400
     assert complete(server, "red", PROMPTS[0]).choices[0].text == before
+
+
+USERS_ALONE = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] | trim }}{% endif %}{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USERS_ALONE
+
+
+def test_an_adapters_template_and_tokens_are_its_own(server, trained, tmp_path):
+    """What its template leaves out is not answered as if it had been read; a token without embedding is refused."""
+    client = server.client()
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hello\n"}
+    for number, template in enumerate((USERS_ALONE, NO_SYSTEM)):
+        folder = tmp_path / str(number)
+        shutil.copytree(trained["red"].adapter, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(folder)
+        load = {"lora_name": f"own{number}", "lora_path": str(folder)}
+        assert server.post("/load_lora_adapter", load).status_code == 200
+    for name, words in (
+        ("own0", "leaves out messages.0: this model takes no role 'system'"),
+        ("own1", "no system role"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(words)):
+            client.chat.completions.create(model=name, messages=[system, user], max_tokens=4)
+        told = client.chat.completions.create(model=name, messages=[user], max_tokens=4, temperature=0)
+        assert told.choices[0].message.content == complete(server, "red", "Hello", 4).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="no embedding of the token 512"):
+        complete(server, "own0", "a <new> word")
+    for name in ("own0", "own1"):
+        server.post("/unload_lora_adapter", {"lora_name": name})
 
 
 def test_the_verb_changes_a_running_server(server, trained):
@@ -549,15 +595,23 @@ def test_a_token_is_needed_limits_hold_and_the_end_is_orderly(narrow):
 
 
 def test_a_whole_model_is_served_alone_and_ctrl_c_ends_it(trained):
-    """No adapter at first, one later; Ctrl-C has the exit code of an interruption."""
-    running = start(f"whole={trained['red'].base}")
+    """No adapter at first, one later; Ctrl-C has the exit code of an interruption, and who is cut off is told."""
+    running = start(f"whole={trained['red'].base}", "--grace", "0")
     try:
         assert running.models == ["whole"]
         assert complete(running, "whole", PROMPTS[1]).choices[0].text == expected(trained, "base", PROMPTS[1], 24)
         load = {"lora_name": "blue", "lora_path": str(trained["blue"].adapter)}
         assert running.post("/load_lora_adapter", load).status_code == 200
         assert complete(running, "blue", PROMPTS[1]).choices[0].text == expected(trained, "blue", PROMPTS[1], 24)
-        running.process.send_signal(signal.SIGINT)
+        first, chunks = stream_of(running, "blue", 1500)
+        with ThreadPoolExecutor(1) as threads:
+            whole = threads.submit(complete, running, "blue", PROMPTS[0], 1500)
+            while running.health()["running"] < 2:
+                time.sleep(0.02)
+            running.process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError, match="the server ended before the answer was complete"):
+                rest(first, chunks)
+            assert whole.exception(timeout=PATIENCE_S).status_code == 503
         assert running.process.wait(timeout=PATIENCE_S) == 130
     finally:
         running.process.kill()
