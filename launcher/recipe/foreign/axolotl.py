@@ -53,10 +53,11 @@ READ = {
     "wandb_project": "wandb.project",
     "use_wandb": "wandb.mode",
 }
+DEFAULTS = {"data.validation": 0, "data.max_seq_length": 512}
 _ATTENTION = {"flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 _SWITCHES = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "messages"}
-_OBJECTIVES = ("rl", "reward_model", "process_reward_model", "diffusion", "kd_trainer", "num_labels", "use_ebft")
+OBJECTIVES = ("rl", "reward_model", "process_reward_model", "diffusion", "kd_trainer", "num_labels", "use_ebft")
 _BUILDERS = ("json", "csv", "parquet", "text")
 _GLOBAL_BATCH = "is not offered; GPUs that share one sequence are one for the global batch: say --gpus without them"
 _KERNELS = "a kernel of its own; results do not depend on it"
@@ -112,7 +113,7 @@ def detect(source: dict[str, Any]) -> bool:
 
 def convert(draft: Draft) -> None:
     """Fill `draft`."""
-    shared.refuse_other_objectives(draft, _OBJECTIVES)
+    shared.refuse_other_objectives(draft, OBJECTIVES)
     shared.refuse_other_objectives(draft, ("processor_type",), shared.IMAGES)
     _method(draft)
     draft.same(SAME)
@@ -133,7 +134,8 @@ def convert(draft: Draft) -> None:
     shared.whole_steps(draft, intervals | {"logging_steps": "train.logging_steps"})
     deepspeed(draft, "deepspeed")
     _wandb(draft)
-    draft.defaults("Axolotl", shared.no_validation() | {"data.max_seq_length": 512})
+    adapter = {"lora.lora_dropout": 0.0} if draft.get("method") in ("lora", "qlora", "dora") else {}
+    draft.defaults("Axolotl", DEFAULTS | adapter)
     draft.settle(WHY)
 
 
@@ -173,7 +175,6 @@ def _rows(draft: Draft) -> None:
         draft.note("pretraining_dataset: text, trained on as a whole (data.loss_on: all); it is not streamed")
     if draft.take("train_on_inputs") or (plain and not draft.look("datasets")):
         draft.put("data.loss_on", "all")
-    shared.held_out(draft, "val_set_size")
     tests = [
         source
         for i, one in enumerate(_list(draft.take("test_datasets")))
@@ -183,6 +184,7 @@ def _rows(draft: Draft) -> None:
         draft.put("data.validation", {key: tests[0][key] for key in tests[0] if key != "weight"})
         if len(tests) > 1:
             draft.leave("test_datasets[1:]", tests[1:], "one set is evaluated on; write them into one file")
+    shared.held_out(draft, "val_set_size")
 
 
 def _list(value: Any) -> list[Any]:

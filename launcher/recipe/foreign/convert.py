@@ -54,11 +54,12 @@ def convert_file(path: Path, *, tool: str | None = None, gpus: int | None = None
     Raises:
         RecipeError: unreadable, of no known tool, for no supervised training on text, or it makes no recipe that loads.
     """
-    source = read(path)
+    found = read(path)
+    source = found.settings
     name = tool or next((name for name, module in TOOLS.items() if module.detect(source)), None)
     if name is None:
         raise RecipeError(f"{path}: {_unknown(source)}")
-    draft = Draft(source=source, folder=path.parent, gpus=gpus)
+    draft = Draft(source=source, folder=path.parent, gpus=gpus, referred_to=found.referred_to)
     draft.put("name", _name(path), of=())
     _fill(draft, path, name)
     draft.put("name", _name(Path(str(draft.get("name")))), of=draft.origins["name"])

@@ -14,6 +14,7 @@ SWITCHED_OFF = "empty or switched off"
 NOT_USED = "changes nothing beside the other keys"
 """Why a key is left out that was read, and set no field."""
 NO_COUNTERPART = "has no counterpart here"
+FOLLOWED = "counts where other keys name it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,8 @@ class Draft:
     """Where the foreign file lies; the files it names are looked up from here."""
     gpus: int | None
     """GPUs it was trained on; None = nobody said."""
+    referred_to: frozenset[str] = frozenset()
+    """Keys that other keys name as `${key}`."""
     recipe: dict[str, Any] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -182,7 +185,8 @@ class Draft:
                 self.left_out.append(LeftOut(key=key, value=value, why=SWITCHED_OFF))
                 continue
             read = any(key == one or key.startswith(f"{one}.") for one in self.taken)
-            why = reasons.get(key) or reasons.get(key.split(".")[0]) or (NOT_USED if read else NO_COUNTERPART)
+            unknown = FOLLOWED if key in self.referred_to else NOT_USED if read else NO_COUNTERPART
+            why = reasons.get(key) or reasons.get(key.split(".")[0]) or unknown
             self.left_out.append(LeftOut(key=key, value=value, why=why))
 
 

@@ -50,7 +50,8 @@ READ = {
     "deepspeed": "deepspeed.stage",
     "report_to": "wandb.mode",
 }
-_DEFAULTS = {
+DEFAULTS = {
+    "data.validation": 0,
     "train.num_train_epochs": 3.0,
     "train.learning_rate": 5e-5,
     "train.lr_scheduler_type": "linear",
@@ -125,7 +126,7 @@ def convert(draft: Draft) -> None:
     shared.whole_steps(draft, intervals | {"logging_steps": "train.logging_steps"})
     deepspeed(draft, "deepspeed")
     shared.report_to(draft)
-    draft.defaults("LLaMA-Factory", _DEFAULTS | shared.no_validation())
+    draft.defaults("LLaMA-Factory", DEFAULTS)
     _adapter_defaults(draft)
     draft.settle(WHY)
 

@@ -34,7 +34,8 @@ READ = {
     "save_steps": "checkpoint.save_steps",
     "dist_config.config_file": "deepspeed.stage",
 }
-_DEFAULTS = {
+DEFAULTS = {
+    "data.validation": 0,
     "train.num_train_epochs": 3,
     "train.learning_rate": 1e-4,
     "train.lr_scheduler_type": "constant",
@@ -80,7 +81,7 @@ def convert(draft: Draft) -> None:
     shared.precision(draft)
     shared.whole_steps(draft, {"save_steps": "checkpoint.save_steps", "logging_steps": "train.logging_steps"})
     deepspeed(draft, "dist_config.config_file")
-    draft.defaults("LLaMA-Factory", _DEFAULTS | shared.no_validation())
+    draft.defaults("LLaMA-Factory", DEFAULTS)
     draft.settle(WHY)
 
 

@@ -22,7 +22,6 @@ _OPTIMS = {
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-_NO_VALIDATION = 0
 _WARMUP = 0.03
 WARMUP_UNKNOWN = f"depends on the length of the run; train.warmup_ratio: {_WARMUP} is written, a share of all steps"
 SUPERVISED = "is for another objective; a recipe describes supervised training"
@@ -116,15 +115,12 @@ def max_steps(draft: Draft, key: str = "max_steps") -> None:
 
 
 def held_out(draft: Draft, key: str) -> None:
-    """A share below 1, or a number of rows."""
+    """A share below 1, or a number of rows; rows of their own that are named beside it count."""
     value = draft.take(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if value and draft.get("data.validation") is not None:
+        draft.leave(key, value, "rows of their own are named to evaluate on, and count")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
         draft.put("data.validation", int(value) if value >= 1 else value)
-
-
-def no_validation() -> dict[str, Any]:
-    """What a tool that holds nothing out by itself does where its file does not say."""
-    return {"data.validation": _NO_VALIDATION}
 
 
 def module_names(draft: Draft, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ _YAML_1_1 = {"yes": True, "on": True, "no": False, "off": False}
 """The tools read their files with PyYAML."""
 
 
-def read(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The settings of a file, and the names of those that others refer to (`${name}`)."""
+
+    settings: dict[str, Any]
+    referred_to: frozenset[str]
+
+
+def read(path: Path) -> Source:
     """The settings in `path`.
 
     Raises:
@@ -36,14 +45,15 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if not text.strip():
+        raise RecipeError(f"{path}: is empty")
     findings = Findings()
     tree = parse(_without_merge_keys(text), str(path), findings)
     findings.settle()
     plain = _plain(tree)
     if not isinstance(plain, dict) or not plain:
         raise RecipeError(f"{path}: is no mapping of settings")
-    followed: dict[str, Any] = _follow(plain, plain)
-    return followed
+    return Source(settings=_follow(plain, plain), referred_to=frozenset(_REFERENCE.findall(text)))
 
 
 def _plain(node: Node) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.recipe.foreign import shared
 from launcher.recipe.foreign.draft import Draft
+from launcher.recipe.schema import DataSection
 
 SAME = {
     "tokenizer.max_seq_len": "data.max_seq_length",
@@ -39,19 +40,21 @@ READ = {
     "log_every_n_steps": "train.logging_steps",
     "metric_logger._component_": "wandb.mode",
 }
-_DATASETS: dict[str, tuple[str | None, str, bool]] = {
+DEFAULTS = {"data.validation": 0, "train.max_grad_norm": 0, "train.warmup_ratio": 0.0}
+_DATASETS: dict[str, tuple[str | None, str, bool | None]] = {
     "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca", True),
     "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca", True),
     "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", "sharegpt", False),
     "grammar_dataset": ("liweili/c4_200m", "auto", False),
     "samsum_dataset": ("Samsung/samsum", "auto", False),
-    "wikitext_dataset": ("EleutherAI/wikitext_document_level", "text", True),
-    "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", True),
-    "text_completion_dataset": (None, "text", True),
+    "wikitext_dataset": ("EleutherAI/wikitext_document_level", "text", None),
+    "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", None),
+    "text_completion_dataset": (None, "text", None),
     "chat_dataset": (None, "auto", False),
     "instruct_dataset": (None, "auto", False),
 }
-"""torchtune's builders: the data set they load, our format, and whether they train on the prompt by themselves."""
+"""torchtune's builders: the data set they load, our format, and whether they train on the prompt by themselves
+(None: there is no prompt)."""
 _FORMATS = {"sharegpt": "sharegpt", "openai": "messages", "messages": "messages"}
 _MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
@@ -60,7 +63,7 @@ _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
 }
 """Layers that Phi-3 and Phi-4 hold as one in Hugging Face's form."""
 _OPTIMS = {"AdamW8bit": "adamw_8bit", "PagedAdamW8bit": "paged_adamw_8bit", "AdamW": "adamw_torch"}
-_OBJECTIVES = (
+OBJECTIVES = (
     "ref_checkpointer", "reward_checkpointer", "ref_policy_checkpointer", "policy_model", "teacher_model", "kd_loss",
     "ppo_epochs", "grpo_samples", "reward_and_value_model",
 )  # fmt: skip
@@ -112,7 +115,8 @@ def convert(draft: Draft) -> None:
     draft.note(f"the model of {component or 'model'} is taken from checkpointer.checkpoint_dir")
     logs = "WandB" in str(draft.take("metric_logger._component_", ""))
     draft.put("wandb.mode", "auto" if logs else "disabled")
-    draft.defaults("torchtune", {"train.max_grad_norm": 0, "train.warmup_ratio": 0.0} | shared.no_validation())
+    adapter = {} if draft.get("method") == "full" else {"lora.lora_dropout": 0.0}
+    draft.defaults("torchtune", DEFAULTS | adapter)
     draft.settle(WHY)
 
 
@@ -125,7 +129,7 @@ def _objective(draft: Draft) -> None:
         keys = [key for key in _NOT_TRAINING if key in draft.source] or ["optimizer"]
         draft.problems.append(f"{keys[0]}: this is a file for evaluation, generation or quantization, not for training")
         return
-    shared.refuse_other_objectives(draft, _OBJECTIVES)
+    shared.refuse_other_objectives(draft, OBJECTIVES)
     loss = _last(draft.look("loss._component_"))
     if any(part in loss for part in ("DPO", "RSO", "PPO", "SimPO", "GRPO")):
         draft.refuse("loss._component_", shared.SUPERVISED)
@@ -163,18 +167,18 @@ def _datasets(draft: Draft) -> None:
     draft.take("dataset._component_")
     sections = listed if isinstance(listed, list) else [listed or {}]
     made = [
-        _dataset(draft, dict(one), f"dataset[{i}]" if isinstance(listed, list) else "dataset", listed)
+        _dataset(draft, dict(one), f"dataset[{i}]" if isinstance(listed, list) else "dataset")
         for i, one in enumerate(sections)
     ]
     draft.put("data.train", [source for source, _, _ in made], of=["dataset"])
     packed, whole = {packed for _, packed, _ in made}, {whole for _, _, whole in made}
     draft.put("data.packing", any(packed), of=["dataset"])
-    draft.put("data.loss_on", "all" if any(whole) else "assistant", of=["dataset"])
-    if len(packed | {None}) > 2 or len(whole | {None}) > 2:
+    draft.put("data.loss_on", "assistant" if False in whole and True not in whole else "all", of=["dataset"])
+    if len(packed) > 1 or len(whole - {None}) > 1:
         draft.note("data.packing and data.loss_on hold for all data sets; theirs differ from set to set")
 
 
-def _dataset(draft: Draft, entry: dict[str, Any], here: str, _: Any) -> tuple[dict[str, Any], bool, bool]:
+def _dataset(draft: Draft, entry: dict[str, Any], here: str) -> tuple[dict[str, Any], bool, bool | None]:
     """A section -> our source, whether it is packed, whether the prompt is trained on."""
     name = _last(entry.pop("_component_", ""))
     if "preference" in name or name in ("stack_exchange_paired_dataset", "hh_rlhf_helpful_dataset"):
@@ -198,9 +202,9 @@ def _dataset(draft: Draft, entry: dict[str, Any], here: str, _: Any) -> tuple[di
     if entry.get("split"):
         source |= shared.split(draft, f"{here}.split", entry.pop("split"))
     if entry.get("weight") not in (None, 1):
-        source["weight"] = entry["weight"]
+        source["weight"] = entry["weight"] * source.get("weight", 1)
     packed = bool(entry.pop("packed", False))
-    whole = bool(entry.pop("train_on_input", whole))
+    whole = entry.pop("train_on_input", whole)
     for key, value in entry.items():
         if value not in (None, False, "", [], {}) and key != "weight" and (key, value) != ("column", "text"):
             draft.leave(f"{here}.{key}", value, WHY["dataset"])
@@ -215,8 +219,11 @@ def _length(draft: Draft) -> None:
         draft.note(
             f"train.max_steps is {epochs} epochs x max_steps_per_epoch {per_epoch}; shorter data would end sooner there"
         )
-    if "tokenizer" in draft.source and draft.get("data.max_seq_length") is None:
-        draft.note("tokenizer.max_seq_len is null: rows are never cut there, here at data.max_seq_length (4096 tokens)")
+    if draft.get("data.max_seq_length") is None:
+        cut = DataSection(train=()).max_seq_length
+        draft.put("data.max_seq_length", cut, of=())
+        why = f"rows are never cut there; data.max_seq_length: {cut} is written"
+        draft.leave("tokenizer.max_seq_len", None, why)
 
 
 def _rate(draft: Draft) -> None:

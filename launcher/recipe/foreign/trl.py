@@ -7,6 +7,7 @@ from typing import Any
 from launcher.recipe.foreign import shared
 from launcher.recipe.foreign.draft import Draft
 from launcher.recipe.foreign.named_files import deepspeed
+from launcher.recipe.schema import DataSection
 
 SAME = {
     "model_name_or_path": "model.name_or_path",
@@ -52,7 +53,8 @@ READ = {
     "deepspeed": "deepspeed.stage",
     "report_to": "wandb.mode",
 }
-_DEFAULTS = {
+DEFAULTS = {
+    "data.validation": 0,
     "train.num_train_epochs": 3.0,
     "train.learning_rate": 2e-5,
     "train.lr_scheduler_type": "linear",
@@ -61,7 +63,7 @@ _DEFAULTS = {
 }
 _ADAPTER = {"lora.r": 16, "lora.lora_alpha": 32, "lora.lora_dropout": 0.05}
 _ATTENTION = {"flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
-_OBJECTIVES = (
+OBJECTIVES = (
     "beta", "max_prompt_length", "max_completion_length", "num_generations", "reward_funcs", "reward_model_path",
     "reward_model_name_or_path", "rpo_alpha", "desirable_weight", "undesirable_weight", "precompute_ref_log_probs",
     "use_vllm", "center_rewards_coefficient", "sync_ref_model", "num_ppo_epochs", "kl_coef",
@@ -113,14 +115,14 @@ def detect(source: dict[str, Any]) -> bool:
 
 def convert(draft: Draft) -> None:
     """Fill `draft`."""
-    shared.refuse_other_objectives(draft, _OBJECTIVES)
+    shared.refuse_other_objectives(draft, OBJECTIVES)
     if draft.take("loss_type") not in _CROSS_ENTROPY:
         _other_loss(draft)
     _method(draft)
     draft.same(SAME)
     shared.max_steps(draft)
     shared.module_names(draft, "lora_target_modules")
-    draft.put("data.max_seq_length", draft.take("max_length") or draft.take("max_seq_length"))
+    _length(draft)
     _datasets(draft)
     draft.put("data.packing", bool(draft.take("packing", False)))
     _loss(draft)
@@ -136,7 +138,7 @@ def convert(draft: Draft) -> None:
     shared.whole_steps(draft, intervals | {"logging_steps": "train.logging_steps"})
     deepspeed(draft, "deepspeed")
     shared.report_to(draft)
-    draft.defaults("TRL", _DEFAULTS | shared.no_validation())
+    draft.defaults("TRL", DEFAULTS)
     _adapter_defaults(draft)
     draft.note("read as a file of `trl sft`: a file of another trainer need not say so")
     draft.settle(WHY)
@@ -209,6 +211,15 @@ def _named(draft: Draft) -> None:
     if _evaluates(draft):
         draft.take("dataset_test_split")
         draft.put("data.validation", source | shared.split(draft, "dataset_test_split", held))
+
+
+def _length(draft: Draft) -> None:
+    key = "max_length" if "max_length" in draft.source else "max_seq_length"
+    if key in draft.source and draft.look(key) is None:
+        cut = DataSection(train=()).max_seq_length
+        draft.put("data.max_seq_length", cut, of=())
+        draft.leave(key, None, f"rows are never cut there; data.max_seq_length: {cut} is written")
+    draft.put("data.max_seq_length", draft.take(key))
 
 
 def _evaluates(draft: Draft) -> bool:

@@ -16,35 +16,152 @@ from launcher.recipe.load import load_recipe
 HERE = Path(__file__).parent / "foreign"
 EXPECTED = {
     "axolotl": {
-        "method": "qlora", "lora.r": 32, "lora.lora_alpha": 16, "lora.target_modules": "all-linear",
-        "data.packing": True, "data.max_seq_length": 4096, "data.validation.share": 0.05,
-        "train.global_batch_size": 8, "train.learning_rate": 2e-4, "train.optim": "paged_adamw_8bit",
-        "deepspeed.stage": 2, "wandb.project": "tuning", "model.attn_implementation": "flash_attention_2",
+        "method": "qlora",
+        "lora.r": 32,
+        "lora.lora_alpha": 16,
+        "lora.target_modules": "all-linear",
+        "data.packing": True,
+        "data.max_seq_length": 4096,
+        "data.validation.share": 0.05,
+        "train.global_batch_size": 8,
+        "train.learning_rate": 2e-4,
+        "train.optim": "paged_adamw_8bit",
+        "deepspeed.stage": 2,
+        "wandb.project": "tuning",
+        "model.attn_implementation": "flash_attention_2",
     },
     "llamafactory": {
-        "method": "lora", "lora.r": 8, "lora.target_modules": "all-linear", "data.packing": False,
-        "data.max_seq_length": 2048, "data.validation.share": 0.1, "train.global_batch_size": 8,
-        "train.precision": "bf16", "deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu",
-        "checkpoint.save_steps": 500, "model.trust_remote_code": True,
+        "method": "lora",
+        "lora.r": 8,
+        "lora.target_modules": "all-linear",
+        "data.packing": False,
+        "data.max_seq_length": 2048,
+        "data.validation.share": 0.1,
+        "train.global_batch_size": 8,
+        "train.precision": "bf16",
+        "deepspeed.stage": 3,
+        "deepspeed.offload_optimizer": "cpu",
+        "checkpoint.save_steps": 500,
+        "model.trust_remote_code": True,
     },
     "trl": {
-        "method": "qlora", "lora.target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "data.loss_on": "assistant", "data.validation.source.split": "test_sft", "train.global_batch_size": 8,
-        "train.precision": "bf16", "train.max_steps": None, "checkpoint.save_total_limit": 1,
+        "method": "qlora",
+        "lora.target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "data.loss_on": "assistant",
+        "data.validation.source.split": "test_sft",
+        "train.global_batch_size": 8,
+        "train.precision": "bf16",
+        "train.max_steps": None,
+        "checkpoint.save_total_limit": 1,
     },
     "torchtune": {
-        "method": "lora", "lora.r": 8,
+        "method": "lora",
+        "lora.r": 8,
         "lora.target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "data.max_seq_length": 8192, "data.loss_on": "all", "train.global_batch_size": 16,
-        "train.optim": "adamw_torch_fused", "train.weight_decay": 0.01, "train.learning_rate": 3e-4,
+        "data.max_seq_length": 8192,
+        "data.loss_on": "all",
+        "train.global_batch_size": 16,
+        "train.optim": "adamw_torch_fused",
+        "train.weight_decay": 0.01,
+        "train.learning_rate": 3e-4,
+        "train.max_grad_norm": 0,
+        "train.warmup_ratio": 0.03,
+        "data.validation.share": None,
     },
+    "axolotl-full": {
+        "method": "full",
+        "lora.r": "auto",
+        "data.validation.share": None,
+        "train.global_batch_size": 16,
+        "train.max_steps": 400,
+        "train.warmup_ratio": 0.1,
+        "checkpoint.save_steps": 100,
+        "train.precision": "fp32",
+        "train.lr_scheduler_type": "cosine",
+        "wandb.mode": "disabled",
+        "model.attn_implementation": "auto",
+    },
+    "llamafactory-pretrain": {
+        "method": "qlora",
+        "lora.r": 8,
+        "lora.lora_alpha": 16,
+        "lora.lora_dropout": 0,
+        "data.loss_on": "all",
+        "data.packing": True,
+        "train.per_device_train_batch_size": 8,
+        "train.global_batch_size": 32,
+        "train.num_train_epochs": 3,
+        "train.lr_scheduler_type": "linear",
+        "train.learning_rate": 5e-5,
+        "train.warmup_ratio": 0.03,
+        "train.precision": "bf16",
+        "train.gradient_checkpointing": False,
+        "train.max_steps": None,
+        "wandb.mode": "disabled",
+        "model.attn_implementation": "eager",
+    },
+    "llamafactory-v1": {
+        "method": "qlora",
+        "lora.r": 16,
+        "lora.target_modules": "all-linear",
+        "train.global_batch_size": 16,
+        "train.max_steps": 10,
+        "deepspeed.stage": 3,
+        "train.lr_scheduler_type": "constant",
+        "train.weight_decay": 0.01,
+        "data.packing": True,
+    },
+    "trl-mixture": {
+        "method": "full",
+        "data.validation.count": 1000,
+        "data.split_seed": 7,
+        "train.num_train_epochs": 3,
+        "train.lr_scheduler_type": "cosine",
+        "data.max_seq_length": 4096,
+        "train.max_steps": None,
+        "data.loss_on": "all",
+        "train.warmup_ratio": 0,
+        "wandb.mode": "auto",
+    },
+    "torchtune-full": {
+        "method": "qlora",
+        "model.name_or_path": "/models/phi-4",
+        "data.loss_on": "assistant",
+        "data.packing": True,
+        "lora.target_modules": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        "train.max_steps": 100,
+        "train.global_batch_size": 4,
+        "train.optim": "paged_adamw_8bit",
+        "train.lr_scheduler_type": "constant",
+        "train.max_grad_norm": 0,
+        "train.weight_decay": 0.01,
+        "wandb.project": "tuning",
+    },
+}
+SOURCES = {
+    "axolotl-full": [("org/chats", "sharegpt", 0.2), ("one.jsonl", "text", 1), ("two.jsonl", "text", 1)],
+    "llamafactory": [("identity.json", "alpaca", 1), ("alpaca_en_demo.json", "auto", 1)],
+    "llamafactory-v1": [("rows.jsonl", "auto", 1)],
+    "trl-mixture": [("org/mix", "auto", 0.5), ("org/code", "auto", 1)],
+    "torchtune-full": [("chats.jsonl", "messages", 1), ("org/pages", "text", 0.05)],
 }  # fmt: skip
 NOT_CARRIED = {
     "axolotl": {"warmup_steps", "loraplus_lr_ratio", "special_tokens.pad_token", "datasets[1].roles_to_train"},
     "llamafactory": {"dataset[alpaca_en_demo]", "template", "max_samples", "ddp_timeout"},
     "trl": {"lora_modules_to_save", "neftune_noise_alpha", "push_to_hub"},
     "torchtune": {"lr_scheduler.num_warmup_steps", "device", "shuffle"},
-}
+    "axolotl-full": {
+        "lora_r", "lora_alpha", "attn_implementation", "optimizer", "lr_scheduler", "gradient_checkpointing",
+        "fsdp_config", "context_parallel_size", "chat_template", "adam_beta2", "plugins",
+    },
+    "llamafactory-pretrain": {"dataset[pages]", "warmup_steps", "use_badam", "report_to[tensorboard]"},
+    "llamafactory-v1": {"kernel_config", "dist_config.name", "template"},
+    "trl-mixture": {
+        "chat_template", "lr_scheduler_type", "lr_scheduler_kwargs.min_lr_rate", "save_steps", "max_length",
+        "dataset_mixture.datasets[0].columns", "hub_strategy",
+    },
+    "torchtune-full": {"dataset[1].column", "tokenizer.max_seq_len", "profiler", "optimizer_in_bwd", "share"},
+}  # fmt: skip
 
 
 def field(recipe, path):
@@ -71,6 +188,15 @@ def test_what_cannot_be_carried_over_is_listed(tool):
     assert listed >= NOT_CARRIED[tool]
     assert all(f"#   {key}:" in made.text for key in NOT_CARRIED[tool])
     assert all(one.why for one in made.left_out)
+
+
+@pytest.mark.parametrize("tool", SOURCES)
+def test_every_data_set_is_carried_over_with_its_format_and_weight(tool, tmp_path):
+    """One of several files makes several sources; a slice or a share of a mixture is a weight."""
+    path = tmp_path / "made.yaml"
+    path.write_text(convert_file(HERE / f"{tool}.yaml").text)
+    sources = load_recipe(path).data.train
+    assert [(one.path.removeprefix(f"{HERE}/"), one.format, one.weight) for one in sources] == SOURCES[tool]
 
 
 @pytest.mark.parametrize("tool", EXPECTED)
