@@ -11,7 +11,7 @@ from launcher.cli import main
 from launcher.errors import RecipeError
 from launcher.recipe.foreign import axolotl, llamafactory, llamafactory1, torchtune, trl
 from launcher.recipe.foreign.convert import convert_file
-from launcher.recipe.foreign.draft import SWITCHED_OFF, is_off, leaves
+from launcher.recipe.foreign.draft import SWITCHED_OFF, Draft, is_off, leaves
 from launcher.recipe.foreign.page import page
 from launcher.recipe.foreign.source import read
 
@@ -129,32 +129,33 @@ def with_key(settings, key, value):
     return copy
 
 
-def carried(path, settings):
+def carried(tool, settings):
     """Key -> fields, of a file with these settings."""
-    path.write_text(yaml.safe_dump(settings))
+    draft = Draft(source=settings, folder=HERE, gpus=None)
+    MODULES[tool].convert(draft)
     fields = {}
-    for one in convert_file(path).carried:
+    for one in draft.carried():
         fields.setdefault(one.key, set()).add(one.field)
     return fields
 
 
 @pytest.mark.parametrize(("tool", "key"), [(tool, key) for tool, module in MODULES.items() for key in module.SAME])
-def test_a_key_of_the_same_meaning_sets_its_field(tool, key, tmp_path):
+def test_a_key_of_the_same_meaning_sets_its_field(tool, key):
     """The first table of docs/import.md, row by row."""
     field = MODULES[tool].SAME[key]
     value = WORDS.get(field, True if field.endswith(SWITCHES) else 16)
-    found = carried(tmp_path / "one.yaml", with_key(SMALLEST[tool], key, value))
+    found = carried(tool, with_key(SMALLEST[tool], key, value))
     assert field in found[key]
 
 
 @pytest.mark.parametrize(("tool", "key"), [(tool, key) for tool, known in READ_AS.items() for key in known])
-def test_a_key_that_is_translated_sets_the_field_of_its_row(tool, key, tmp_path):
+def test_a_key_that_is_translated_sets_the_field_of_its_row(tool, key):
     """The rows below: values are read, not copied."""
     rows = {one: field for keys, field in MODULES[tool].READ.items() for one in keys.split(", ")}
     settings = SMALLEST[tool]
     for other, value in BESIDE.get((tool, key), {}).items():
         settings = with_key(settings, other, value)
-    found = carried(tmp_path / "one.yaml", with_key(settings, key, READ_AS[tool][key]))
+    found = carried(tool, with_key(settings, key, READ_AS[tool][key]))
     assert rows[key] in found[key]
 
 
