@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def command(file: Path, tool: str | None, gpus: int | None, output: Path | None, dry_run: bool, as_json: bool) -> None:
     """Convert an Axolotl, LLaMA-Factory, TRL or torchtune config; list what could not be carried over."""
     from launcher.errors import ConflictError
-    from launcher.recipe.foreign.convert import convert_file, shown
+    from launcher.recipe.foreign.convert import convert_file
     from launcher.recipe.foreign.draft import SWITCHED_OFF
+    from launcher.recipe.foreign.telling import line, shown
     from launcher.runs.folder import write_atomic
 
     made = convert_file(file, tool=tool, gpus=gpus)
@@ -46,7 +47,7 @@ def command(file: Path, tool: str | None, gpus: int | None, output: Path | None,
         click.echo(f"not carried over: {shown(one.key)}: {shown(one.value)} ({one.why})", err=True)
     off = [one.key for one in made.left_out if one not in lost]
     if off:
-        click.echo(f"nothing to carry (empty or switched off): {', '.join(off)}", err=True)
+        click.echo(f"nothing to carry (empty or switched off): {line(', '.join(off))}", err=True)
     click.echo(f"Next: launcher plan {output or 'RECIPE'}", err=True)
 
 

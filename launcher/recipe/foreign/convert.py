@@ -15,6 +15,7 @@ from launcher.recipe.dump import RecipeDumper
 from launcher.recipe.foreign import axolotl, llamafactory, torchtune, trl
 from launcher.recipe.foreign.draft import SWITCHED_OFF, Carried, Draft, LeftOut
 from launcher.recipe.foreign.source import read
+from launcher.recipe.foreign.telling import line, safe, shown
 from launcher.recipe.load import recipe_from_text
 from launcher.recipe.schema import LORA_METHODS
 
@@ -67,7 +68,11 @@ def convert_file(path: Path, *, tool: str | None = None, gpus: int | None = None
     for notice in recipe_from_text(recipe, f"recipe made of {path}").notices:
         draft.note(notice)
     return Converted(
-        tool=name, text=recipe, carried=draft.carried(), left_out=tuple(draft.left_out), notes=tuple(draft.notes)
+        tool=name,
+        text=recipe,
+        carried=draft.carried(),
+        left_out=tuple(draft.left_out),
+        notes=tuple(line(note) for note in draft.notes),
     )
 
 
@@ -82,11 +87,11 @@ def _fill(draft: Draft, path: Path, name: str) -> None:
         TOOLS[name].convert(draft)
     except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
         # The tables of the tools say which keys there are, not every shape a value may take.
-        value = shown(draft.look(draft.last_taken))
+        value = shown(safe(draft.last_taken, draft.look(draft.last_taken)))
         raise RecipeError(
             f"{path}: {draft.last_taken}: {value!r} is nothing that {name} takes here ({error})"
         ) from error
-    problems = [f"{path}: {one}" for one in dict.fromkeys(draft.problems)]
+    problems = [f"{path}: {line(one)}" for one in dict.fromkeys(draft.problems)]
     for needed, what in (("model.name_or_path", "a model"), ("data.train", "data to train on")):
         if not problems and not draft.get(needed):
             problems.append(f"{path}: names no {what.removeprefix('a ')}; {name} files for training do")
@@ -118,10 +123,3 @@ def _text(draft: Draft, path: Path, tool: str) -> str:
     ]
     head = [f"# Made of {shown(path.name)} ({tool}) by launcher import."]
     return "\n".join([*head, *(["# Not carried over:"] if lost else []), *lost, body])
-
-
-def shown(value: Any) -> str:
-    """A value in one line of printable text, shortened."""
-    text = " ".join(str(value).split())
-    printable = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return printable if len(printable) <= 60 else f"{printable[:57]}..."

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.recipe.foreign.telling import safe, shown
+
 _ABSENT = object()
 
 SWITCHED_OFF = "empty or switched off"
@@ -129,7 +131,7 @@ class Draft:
     def leave(self, key: str, value: Any, why: str) -> None:
         """List a key that the recipe does not carry."""
         self.taken.add(key)
-        self.left_out.append(LeftOut(key=key, value=value, why=why))
+        self.left_out.append(LeftOut(key=key, value=safe(key, value), why=why))
 
     def drop(self, key: str, why: str) -> None:
         """Deal with a foreign key by listing it; switched-off and missing ones need no word."""
@@ -140,8 +142,8 @@ class Draft:
     def refuse(self, key: str, why: str) -> None:
         """No recipe can be made: this key asks for something that is no supervised training on text."""
         value = self.take(key)
-        shown = "" if isinstance(value, dict | list) else f" {value}"
-        self.problems.append(f"{key}:{shown} {why}")
+        told = "" if isinstance(value, dict | list) else f" {shown(safe(key, value))}"
+        self.problems.append(f"{key}:{told} {why}")
 
     def agree(self, *keys: str) -> None:
         """Keys whose values are the case here anyway."""
@@ -187,7 +189,7 @@ class Draft:
             read = any(key == one or key.startswith(f"{one}.") for one in self.taken)
             unknown = FOLLOWED if key in self.referred_to else NOT_USED if read else NO_COUNTERPART
             why = reasons.get(key) or reasons.get(key.split(".")[0]) or unknown
-            self.left_out.append(LeftOut(key=key, value=value, why=why))
+            self.left_out.append(LeftOut(key=key, value=safe(key, value), why=why))
 
 
 def is_off(value: Any) -> bool:

@@ -23,7 +23,6 @@ _OPTIMS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 _WARMUP = 0.03
-WARMUP_UNKNOWN = f"depends on the length of the run; train.warmup_ratio: {_WARMUP} is written, a share of all steps"
 SUPERVISED = "is for another objective; a recipe describes supervised training"
 IMAGES = "is for images, sound or video; a recipe trains on text alone"
 WHOLE_MODULES = "adapters with whole modules cannot be served by vLLM; train them with method: full"
@@ -86,8 +85,12 @@ def warmup(draft: Draft, key: str, *, max_steps: Any = None) -> None:
     elif isinstance(steps, int | float) and steps > 0 and isinstance(total, int) and total > steps:
         draft.put("train.warmup_ratio", round(steps / total, 4))
     elif steps:
-        draft.put("train.warmup_ratio", _WARMUP, of=())
-        draft.leave(key, steps, WARMUP_UNKNOWN)
+        share = draft.get("train.warmup_ratio") or _WARMUP
+        if draft.get("train.warmup_ratio") is None:
+            draft.put("train.warmup_ratio", share, of=())
+        draft.leave(
+            key, steps, f"depends on the length of the run; train.warmup_ratio: {share} of all steps is written"
+        )
 
 
 def whole_steps(draft: Draft, names: dict[str, str]) -> None:

@@ -296,6 +296,20 @@ def test_files_are_looked_up_above_the_configuration(tmp_path):
     assert "deepspeed[optimizer]" in {one.key for one in made.left_out}
 
 
+def test_a_secret_in_a_foreign_file_is_shown_nowhere(tmp_path):
+    """Tokens for hubs and trackers stand in such files; the recipe's head, stderr and the JSON hide them."""
+    path = tmp_path / "keys.yaml"
+    secrets = {"hub_token": "abc123", "hf_hub_token": "hf_" + "x" * 30, "env": {"WANDB_API_KEY": "0" * 40}}
+    path.write_text(yaml.safe_dump(SMALLEST["trl"] | secrets | {"eos_token": "<|end|>", "odd\x1b[31m": "\x1b[2J"}))
+    for words in ([], ["--json"]):
+        told = CliRunner().invoke(main, ["import", str(path), *words])
+        said = told.stdout + told.stderr
+        assert told.exit_code == 0
+        assert not any(secret in said for secret in ("abc123", "hf_xxx", "0" * 40, "\x1b"))
+        assert "<|end|>" in said
+        assert "hf_hub_token" in said
+
+
 def test_the_json_tells_of_every_key(tmp_path):
     """`carried`, `left_out` and `notes` beside the recipe."""
     told = json.loads(CliRunner().invoke(main, ["import", str(HERE / "trl.yaml"), "--json"]).stdout)
