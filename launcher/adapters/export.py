@@ -74,7 +74,8 @@ _VARIABLE = '"$BASE"'
 def _needs_evening(facts: AdapterFacts, engine: str) -> bool:
     plain = str(facts.config.get("peft_type")) == "LORA"
     padded = engine == "tgi" and facts.rank % _STEP != 0
-    return plain and (padded or not (facts.one_rank and facts.one_scaling))
+    misread = engine == "sglang" and bool(facts.config.get("use_rslora"))  # it divides by r (its issue 40835)
+    return plain and (padded or misread or not (facts.one_rank and facts.one_scaling))
 
 
 def _notices(opened: Adapter, engine: str) -> list[str]:

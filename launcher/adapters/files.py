@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from launcher.errors import ClusterError, ConflictError, ModelError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -41,7 +44,9 @@ def appearing(target: Path, option: str) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         if isinstance(error, OSError):
-            raise ClusterError(f"{error.filename or target}: {error.strerror or error}; nothing was written") from error
+            beside = str(error.filename or "").startswith(str(target.parent))
+            why = error.strerror if beside or error.errno in _FULL else str(error)
+            raise ClusterError(f"{target}: was not written ({why}); another folder is named with {option}") from error
         if isinstance(error, SafetensorError):
             raise ClusterError(f"{target}: cannot be written: {error}") from error
         raise

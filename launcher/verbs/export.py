@@ -79,7 +79,7 @@ def command(
         return
     click.echo(f"wrote {made['path']}")
     if made.get("evened"):
-        click.echo("its modules had ranks or scalings of their own: written with one of each, the same products")
+        click.echo("written with one rank and the scaling 1 for all modules, which the engine reads; the same products")
     if made.get("round_trip_difference") is not None:
         equal = f"within {made['round_trip_difference']:.1e} of" if made["round_trip_difference"] else "equal"
         click.echo(f"loaded through PEFT on its base: logits {equal} the original adapter's")

@@ -141,6 +141,16 @@ def test_ranks_and_scalings_of_their_own_are_evened(lora, engine, tmp_path):
     assert {tensor.shape[0] for name, tensor in held.items() if "lora_A" in name} == {config["r"]}
 
 
+def test_rank_stabilised_scaling_is_folded_in_where_it_is_not_read(lora, tmp_path):
+    """SGLang divides by r whatever the configuration says; the others read it."""
+    adapter = of_peft(lora.base, tmp_path / "adapter", r=8, lora_alpha=16, use_rslora=True)
+    for engine, folded in (("vllm", False), ("sglang", True)):
+        made = export(ask(lora, tmp_path / engine, engine, adapter=str(adapter), trust_base=True))
+        config = json.loads((tmp_path / engine / "adapter" / "adapter_config.json").read_text())
+        assert (made["evened"], config["use_rslora"]) == (folded, not folded)
+        assert made["round_trip_difference"] <= 1e-5
+
+
 def test_a_pattern_of_modules_is_written_out(lora, tmp_path):
     """Engines do not read PEFT's regular expressions: the modules themselves are named, and judged."""
     adapter = of_peft(lora.base, tmp_path / "adapter", target_modules=r".*\.(q_proj|v_proj)")
