@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,16 @@ _LAST_WORDS_S = 5
 class _Server(uvicorn.Server):
     """Told to end, it gives answers under way their time, and then says to the others that there will be no more."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: int) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: int, early: Sequence[int]) -> None:
+        """`early`: signals that came before uvicorn listened for them."""
         super().__init__(config)
-        self._engine, self._grace_s = engine, grace_s
+        self._engine, self._grace_s, self._early = engine, grace_s, early
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does; told to end already, it ends."""
+        await super().startup(sockets)
+        if self._early:
+            self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, which alone would tear the connections."""
@@ -52,8 +60,6 @@ def serve(asked: dict[str, Any]) -> int:
     Raises:
         LauncherError: it cannot begin.
     """
-    # Now: uvicorn raises the signal again when it has ended, and its default would be death.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     rules = Rules(token=_token(asked), body_bytes=asked["body_bytes"])
     listener = _listen(asked["host"], asked["port"])
     service = make_service(asked)
@@ -65,10 +71,13 @@ def serve(asked: dict[str, Any]) -> int:
         # Beyond its own end there are only connections that never sent their request.
         timeout_graceful_shutdown=asked["grace_s"] + _LAST_WORDS_S,
     )
+    # Until here SIGTERM ends a model's loading at once. uvicorn raises it again when it has ended in order.
+    early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     _tell(asked, listener, service)
     service.engine.start()
     try:
-        _Server(config, service.engine, asked["grace_s"]).run(sockets=[listener])
+        _Server(config, service.engine, asked["grace_s"], early).run(sockets=[listener])
     except KeyboardInterrupt:
         return 130
     finally:

@@ -1,77 +1,22 @@
 """`launcher serve`: a real server process, asked by the real `openai` client."""
 
-import itertools
 import json
-import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import IO
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.adapters import train_adapter
-
-PATIENCE_S = 600
-LONG = 400
-"""Tokens of an answer that is still being made when something else has been done."""
-TOKEN = "a-token-for-the-test"
-
-
-@dataclass
-class Server:
-    """One server process."""
-
-    process: subprocess.Popen
-    url: str
-    models: list[str]
-    stderr: IO[str]
-
-    def log(self):
-        """What it has written to stderr so far."""
-        return os.pread(self.stderr.fileno(), 1 << 24, 0).decode()
-
-    def client(self, **options):
-        """The real client; by default it must not hide a refusal by trying again."""
-        usual = {"base_url": self.url, "api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
-        return openai.OpenAI(**(usual | options))
-
-    def health(self):
-        """What the server says of itself."""
-        return httpx.get(self.url.removesuffix("/v1") + "/health", timeout=PATIENCE_S).json()
-
-    def post(self, path, body=None, **options):
-        """A plain request."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE_S, **options)
-
-
-def start(*arguments, env=None):
-    """`launcher serve`, up to the line that says where it is."""
-    words = [sys.executable, "-m", "launcher.cli", "serve", *map(str, arguments), "--port", "0", "--json"]
-    stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | (env or {}))
-    lines = queue.Queue()
-    threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
-    try:
-        told = json.loads(lines.get(timeout=PATIENCE_S))
-    except (queue.Empty, ValueError):
-        process.kill()
-        code, said = process.wait(), os.pread(stderr.fileno(), 1 << 24, 0).decode()
-        raise AssertionError(f"the server did not start: exit code {code}: {said}") from None
-    return Server(process, told["url"], told["models"], stderr)
+from tests.train.served import LONG, PATIENCE_S, PROMPTS, complete, expected, plain_peft, rest, start, stream_of
 
 
 @pytest.fixture(scope="module")
@@ -96,27 +41,6 @@ def server(trained):
     yield running
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(timeout=PATIENCE_S) == 0
-
-
-PROMPTS = ["the value of the object is", "a function", "if the name of a class begins with two underscores then the"]
-
-
-def expected(trained, name, prompt, tokens):
-    """Greedy text by plain PEFT, this row alone."""
-    base = trained["red"].base
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if name != "base":
-        model = PeftModel.from_pretrained(model, trained[name].adapter)
-    ids = tokenizer(prompt, return_tensors="pt")
-    made = model.eval().generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def complete(server, name, prompt, tokens=24, **options):
-    """One greedy completion."""
-    options = {"temperature": 0, "max_tokens": tokens} | options
-    return server.client().completions.create(model=name, prompt=prompt, **options)
 
 
 def test_rows_of_one_batch_answer_as_each_alone(server, trained):
@@ -241,14 +165,6 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, status, words):
     assert told.status_code == status
     assert words in told.json()["error"]["message"], told.text
     assert set(told.json()["error"]) == {"message", "type", "param", "code"}
-
-
-def plain_peft(trained, name):
-    """Base and adapter, loaded by the libraries alone."""
-    model = AutoModelForCausalLM.from_pretrained(trained["red"].base, dtype=torch.float32)
-    if name != "base":
-        model = PeftModel.from_pretrained(model, trained[name].adapter)
-    return model.eval(), AutoTokenizer.from_pretrained(trained["red"].base)
 
 
 def test_one_request_may_ask_for_several_answers(server):
@@ -424,18 +340,6 @@ def test_each_request_leaves_a_line_and_nothing_of_its_text(server):
 # ---------------------------------------------------------------- hot swap
 
 
-def stream_of(server, name, tokens=LONG):
-    """A long greedy stream: its first piece has come when this returns."""
-    chunks = complete(server, name, PROMPTS[0], tokens, stream=True)
-    first = next(chunks).choices[0].text
-    return first, chunks
-
-
-def rest(first, chunks):
-    """The whole text of a stream."""
-    return first + "".join(chunk.choices[0].text for chunk in chunks)
-
-
 def test_adapters_come_and_go_while_others_are_answered(server, trained):
     """Loading disturbs no stream; an unloaded adapter finishes what it began and is 404 for others."""
     long = {name: complete(server, name, PROMPTS[0], LONG).choices[0].text for name in ("red", "blue")}
@@ -546,97 +450,3 @@ def test_the_verb_changes_a_running_server(server, trained):
     gone = verb("--remove", "green")
     assert gone.returncode == 2
     assert "'green' is not served here" in gone.stderr
-
-
-# ---------------------------------------------------------------- doors, limits, the end
-
-
-@pytest.fixture
-def narrow(trained):
-    """A server for one answer at a time, with a token."""
-    env = {"SERVE_TEST_TOKEN": TOKEN}
-    options = ["--token-env", "SERVE_TEST_TOKEN", "--max-rows", "1", "--max-waiting", "1", "--max-body", "10000"]
-    options += ["--grace", str(PATIENCE_S)]
-    running = start(f"red={trained['red'].adapter}", *options, env=env)
-    yield running
-    running.process.kill()
-    running.process.wait()
-
-
-def test_a_token_is_needed_limits_hold_and_the_end_is_orderly(narrow):
-    """401 for strangers, 413 and 429 for what is too much; SIGTERM lets the answer under way finish, exit code 0."""
-    assert narrow.models == ["model", "red"]
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
-        told = narrow.post("/completions", {"model": "red", "prompt": "x"}, headers=headers)
-        assert told.status_code == 401
-        assert told.json()["error"]["code"] == "invalid_api_key"
-    with pytest.raises(openai.AuthenticationError):
-        narrow.client().models.list()
-    assert narrow.health() == {"status": "ok", "running": 0, "waiting": 0}
-
-    client = narrow.client(api_key=TOKEN)
-    asked = {"model": "red", "prompt": PROMPTS[0], "temperature": 0}
-    whole = client.completions.create(**asked, max_tokens=LONG).choices[0].text
-    with pytest.raises(openai.APIStatusError) as large:
-        client.completions.create(**(asked | {"prompt": "x" * 20_000}))
-    assert large.value.status_code == 413
-
-    chunks = client.completions.create(**asked, max_tokens=LONG, stream=True)
-    first = next(chunks).choices[0].text
-    with ThreadPoolExecutor(4) as threads:
-        crowd = [threads.submit(client.completions.create, **asked, max_tokens=1) for _ in range(4)]
-        refused = [one.exception() for one in itertools.islice(as_completed(crowd), 3)]
-        assert {error.status_code for error in refused} == {429}
-        assert narrow.health() == {"status": "ok", "running": 1, "waiting": 1}
-        narrow.process.send_signal(signal.SIGTERM)
-        assert rest(first, chunks) == whole
-        assert sum(one.exception() is None for one in crowd) == 1, "who waited is answered, too"
-    assert narrow.process.wait(timeout=PATIENCE_S) == 0
-
-
-def test_a_whole_model_is_served_alone_and_ctrl_c_ends_it(trained):
-    """No adapter at first, one later; Ctrl-C has the exit code of an interruption, and who is cut off is told."""
-    running = start(f"whole={trained['red'].base}", "--grace", "0")
-    try:
-        assert running.models == ["whole"]
-        assert complete(running, "whole", PROMPTS[1]).choices[0].text == expected(trained, "base", PROMPTS[1], 24)
-        load = {"lora_name": "blue", "lora_path": str(trained["blue"].adapter)}
-        assert running.post("/load_lora_adapter", load).status_code == 200
-        assert complete(running, "blue", PROMPTS[1]).choices[0].text == expected(trained, "blue", PROMPTS[1], 24)
-        first, chunks = stream_of(running, "blue", 1500)
-        with ThreadPoolExecutor(1) as threads:
-            whole = threads.submit(complete, running, "blue", PROMPTS[0], 1500)
-            while running.health()["running"] < 2:
-                time.sleep(0.02)
-            running.process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError, match="the server ended before the answer was complete"):
-                rest(first, chunks)
-            assert whole.exception(timeout=PATIENCE_S).status_code == 503
-        assert running.process.wait(timeout=PATIENCE_S) == 130
-    finally:
-        running.process.kill()
-        running.process.wait()
-
-
-def test_what_cannot_be_served_is_said_before_anything_is_loaded(trained, tmp_path):
-    """Exit codes of the interface: no token, no such variable, another base, an answer of two names."""
-
-    def refused(*words):
-        command = [sys.executable, "-m", "launcher.cli", "serve", "--port", "0", *map(str, words)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        return ran.returncode, ran.stderr
-
-    red = trained["red"].adapter
-    assert refused(f"red={red}", "--host", "0.0.0.0")[0] == 2
-    code, said = refused(f"red={red}", "--token-env", "NOT_SET_ANYWHERE")
-    assert (code, "NOT_SET_ANYWHERE is not set" in said) == (2, True)
-    other = train_adapter(tmp_path, "lora", **{"model.revision": None})
-    base = AutoModelForCausalLM.from_pretrained(other.base)
-    with torch.no_grad():
-        base.model.norm.weight += 1
-    base.save_pretrained(other.base)
-    foreign = train_adapter(tmp_path, "lora")
-    code, said = refused(f"red={red}", f"foreign={foreign.adapter}")
-    assert code == 7
-    assert "red was trained on model (fingerprint" in said
-    assert "foreign on model (fingerprint" in said
