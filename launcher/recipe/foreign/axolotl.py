@@ -58,6 +58,8 @@ _ATTENTION = {"flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager":
 _SWITCHES = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "messages"}
 OBJECTIVES = ("rl", "reward_model", "process_reward_model", "diffusion", "kd_trainer", "num_labels", "use_ebft")
+_TURNS = (("from", "value"), ("role", "content"), ("from", None), ("role", None), (None, "value"), (None, "content"))
+"""Names of a turn's two parts that the formats `sharegpt` and `messages` know."""
 _BUILDERS = ("json", "csv", "parquet", "text")
 _GLOBAL_BATCH = "is not offered; GPUs that share one sequence are one for the global batch: say --gpus without them"
 _KERNELS = "a kernel of its own; results do not depend on it"
@@ -226,16 +228,17 @@ def _format(entry: dict[str, Any]) -> dict[str, Any]:
     if ours is None:
         return {}
     entry.pop("type")
-    roles, mapped = entry.get("message_field_role"), entry.get("message_property_mappings")
-    if isinstance(mapped, dict):
-        roles = mapped.get("role", roles)
-    if ours == "messages" and (roles == "from" or entry.get("field_messages") == "conversations"):
+    mapped = entry.get("message_property_mappings")
+    names = mapped if isinstance(mapped, dict) else {}
+    role = names.get("role", entry.get("message_field_role"))
+    content = names.get("content", entry.get("message_field_content"))
+    if ours == "messages" and (role == "from" or entry.get("field_messages") == "conversations"):
         ours = "sharegpt"
     usual = {"field_messages": ("conversations", "messages"), "field": ("text",), "text_column": ("text",)}
-    for key, names in usual.items():
-        if entry.get(key) in names:
+    for key, known in usual.items():
+        if entry.get(key) in known:
             entry.pop(key)
-    if roles in ("from", "role"):
+    if (role, content) in _TURNS and set(names) <= {"role", "content"}:
         for key in ("message_field_role", "message_field_content", "message_property_mappings"):
             entry.pop(key, None)
     return {"format": ours}

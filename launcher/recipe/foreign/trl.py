@@ -202,6 +202,10 @@ def _named(draft: Draft) -> None:
         return
     configs = draft.take("dataset_configs") or [None]
     config = draft.take("dataset_config") or configs[0]
+    if configs[1:]:
+        draft.leave(
+            "dataset_configs[1:]", configs[1:], "one configuration of a data set is taken; name it once for each"
+        )
     source = {"path": name} | ({"config": config} if config else {})
     wanted = draft.take("dataset_train_split")
     chosen = shared.split(draft, "dataset_train_split", wanted) if wanted else {}
@@ -238,7 +242,9 @@ def _mixer(draft: Draft) -> None:
         train += [{"path": name} | config | shared.split(draft, "dataset_splits", one) | share for one in trained]
     draft.put("data.train", train, of=["dataset_mixer", "dataset_splits", "dataset_configs"])
     held = [str(one) for one in splits if str(one) not in trained]
-    if held and _evaluates(draft):
+    if held and not _evaluates(draft):
+        draft.leave("dataset_splits[held]", held, "is for evaluation, which is switched off")
+    elif held:
         first = {key: value for key, value in train[0].items() if key != "weight"}
         draft.put("data.validation", first | {"split": held[0]}, of=["dataset_splits"])
         if len(names) > 1 or held[1:]:
