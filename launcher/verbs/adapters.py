@@ -203,7 +203,9 @@ def _losses(made: dict[str, Any]) -> None:
 @command.command(name="sign")
 @click.argument("name", metavar="FOLDER")
 @click.option(
-    "--key", type=click.Path(path_type=Path, exists=True), help="SSH key to sign with: a private key, or an agent's public one."
+    "--key",
+    type=click.Path(path_type=Path, exists=True),
+    help="SSH key to sign with: a private key, or an agent's public one.",
 )
 @dry_run_option
 @json_flag
