@@ -13,6 +13,7 @@ from launcher.verbs.arguments import complete_run, json_flag, print_json, runs_o
 if TYPE_CHECKING:
     from launcher.runs.registry import Entry
 
+_FILE_WIDTH = 4000
 _MOST_LOST = 5
 """Modules shown on a terminal; --json has all."""
 name_option = click.option("--name", help="What other verbs call it [after the folder of --to].")
@@ -61,20 +62,24 @@ def command(context: click.Context, as_json: bool, parent: Path | None) -> None:
 
 def _table(found: list[Entry]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("NAME", "TAGS", "METHOD", "RANK", "BASE", "STEP", "VALIDATION", "RETENTION", "MB", "MADE OF"):
-        table.add_column(name, justify="left" if name in ("NAME", "TAGS", "METHOD", "BASE", "MADE OF") else "right")
-    for one in found:
-        losses = [f"{loss:.4f}" if loss is not None else "" for loss in (one.validation_loss, one.retention_loss)]
-        base = f"{one.base or ''}{f' @ {one.base_revision[:8]}' if one.base_revision else ''}"
-        table.add_row(one.name, ", ".join(one.tags), one.method or "", str(one.rank or ""), base, str(one.step or ""),
-                      *losses, f"{one.bytes / 1e6:.1f}", one.made or "")  # fmt: skip
+    from launcher.report.parts import in_parts
+
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 400
-    console.print(table)
+        console.width = _FILE_WIDTH
+    left, right = ("NAME", "TAGS", "METHOD", "BASE", "MADE OF"), ("RANK", "STEP", "VALIDATION", "RETENTION", "MB")
+    for at, part in enumerate(in_parts(left, right, [_cells(one) for one in found], console.width)):
+        if at:
+            console.print()
+        console.print(part)
+
+
+def _cells(one: Entry) -> list[str]:
+    losses = [f"{loss:.4f}" if loss is not None else "" for loss in (one.validation_loss, one.retention_loss)]
+    base = f"{one.base or ''}{f' @ {one.base_revision[:8]}' if one.base_revision else ''}"
+    words = [one.name, ", ".join(one.tags), one.method or "", base, one.made or ""]
+    return [*words, str(one.rank or ""), str(one.step or ""), *losses, f"{one.bytes / 1e6:.1f}"]
 
 
 @command.command(name="tag")
