@@ -351,13 +351,15 @@ def test_the_job_after_an_array_leaves_no_lock_when_it_is_ended(tmp_path: Path, 
     """Elsewhere nobody could tell that its process is gone, and going on would have to wait."""
     made = make_trial(tmp_path)
     go_on(made)
-    (cluster.folder / "squeue").write_text("#!/bin/bash\nexec sleep 600\n")
+    asked = tmp_path / "asked"
+    (cluster.folder / "squeue").write_text(f"#!/bin/bash\n: > '{asked}'\nexec sleep 600\n")
     words = [sys.executable, "-m", "launcher.runs.trial_job", str(made.path)]
     job = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
     until = time.monotonic() + 120
-    while not lock_path(made.folder).exists():
+    while not asked.exists():
         assert job.poll() is None and time.monotonic() < until
         time.sleep(0.05)
+    assert lock_path(made.folder).exists()
     job.terminate()
     assert job.wait(timeout=120) == 128 + signal.SIGTERM
     assert not lock_path(made.folder).exists()
