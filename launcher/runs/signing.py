@@ -38,6 +38,8 @@ class Verified:
 def sign(folder: Path, *, key: Path | None) -> int:
     """Write SHA256SUMS over every file of `folder`, and sign it; returns how many files.
 
+    What was there stays until the new signature is made: a wrong passphrase takes nothing away.
+
     Raises:
         RecipeError: no such folder, or nothing in it. ModelError: a link, or a name that the list cannot hold.
         ClusterError: ssh-keygen is not here, or did not sign.
@@ -45,11 +47,14 @@ def sign(folder: Path, *, key: Path | None) -> int:
     names = _names(folder)
     if not names:
         raise RecipeError(f"{folder}: no files to sign")
+    sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
+    words = ["-Y", "sign", "-n", NAMESPACE, "-f", str(key)]
+    signature = None if key is None else _keygen("sign", words, sums.encode())
     (folder / SIGNATURE).unlink(missing_ok=True)
-    write_atomic(folder / SUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+    write_atomic(folder / SUMS, sums)
     _readable_like(folder / SUMS, folder / names[0])
-    if key is not None:
-        _keygen("sign", ["-Y", "sign", "-n", NAMESPACE, "-f", str(key), str(folder / SUMS)])
+    if signature is not None:
+        write_atomic(folder / SIGNATURE, signature)
         _readable_like(folder / SIGNATURE, folder / names[0])
     return len(names)
 

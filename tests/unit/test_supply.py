@@ -157,6 +157,17 @@ def test_s18_a_list_that_was_changed_after_signing_is_refused(folder: Path, key:
         signing.verify(folder, signers=tmp_path / "signers-mara@example.org")
 
 
+def test_s18_a_key_that_fails_leaves_the_old_signature(folder: Path, key: Path, tmp_path: Path) -> None:
+    """A file that is no key, or the wrong passphrase: list and signature are those of before, and still right."""
+    signing.sign(folder, key=key)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "broken").write_text("no key\n")
+    (tmp_path / "broken").chmod(0o600)
+    with pytest.raises(ClusterError, match="ssh-keygen -Y sign"):
+        signing.sign(folder, key=tmp_path / "broken")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_s18_every_difference_is_named(folder: Path) -> None:
     """A changed, a missing and an added file at once: exit 7."""
     (folder / "third").write_text("3")
