@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from launcher.runs.variables import not_ours
 
 FOREIGN_AGE_S = 900.0
 """A lock of another machine (or one that cannot be read) counts as left behind when it is older than this."""
+_RENEW_S = 60.0
 _WRITTEN_AFTER_S = 2.0
 """So long a lock may be there without its holder's name in it; then it is judged as it is."""
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -48,13 +49,15 @@ class Holder:
     process: Process
     namespace: str
     """Process namespace: in another one (a container), the same number is another process."""
+    renewed_s: float | None = None
+    """When its holder last said that it is still at work (`renew`)."""
 
     @property
     def gone(self) -> bool:
         """Whether the holder is provably dead, or too old to be believed."""
         if is_here(self.process) and self.namespace == _namespace():
             return not is_alive(self.process)
-        return time.time() - self.time_s > FOREIGN_AGE_S
+        return time.time() - max(self.time_s, self.renewed_s or 0.0) > FOREIGN_AGE_S
 
     def __str__(self) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time_s))
@@ -90,6 +93,25 @@ def hold(run: RunFolder, purpose: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if (held := _read(path)) is not None and held.token == mine.token:
                 path.unlink()
+
+
+def renew(run: RunFolder) -> None:
+    """Keep a lock of ours from looking left behind on other machines; for who holds one longer than FOREIGN_AGE_S.
+
+    Does nothing more often than once a minute, and nothing to a lock that is somebody else's.
+    """
+    path = lock_path(run)
+    held = _read(path)
+    if held is None or held.process != identify(os.getpid()):
+        return
+    if time.time() - max(held.time_s, held.renewed_s or 0.0) < _RENEW_S:
+        return
+    with contextlib.suppress(OSError):  # a full disk now is no reason to end what is at work
+        descriptor = os.open(path, _FLAGS)
+        with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(path, file.fileno()):
+                _write(file.fileno(), replace(held, renewed_s=time.time()))
 
 
 def holder(run: RunFolder) -> Holder | None:

@@ -22,7 +22,7 @@ from launcher.recipe.load import load_recipe, load_recipe_with_notices
 from launcher.recipe.schema import Recipe
 from launcher.runs import launching, trial_folder, trial_table
 from launcher.runs.folder import RunFolder, write_json
-from launcher.runs.lock import hold
+from launcher.runs.lock import hold, renew
 from launcher.runs.measured import read_plan
 from launcher.runs.request import JobRequest
 from launcher.runs.resume import resume
@@ -283,6 +283,7 @@ def _run_here(trial: Trial, task: Task, run: RunFolder, rung: int, say: Say) -> 
             halt_if_cancelled(trial)
             status = run_status(run)
             if not status.ended and status.state != "NOT_SUBMITTED":
+                renew(trial.folder)
                 time.sleep(_POLL_S)
             elif reached(run, step, last=is_last(trial, rung)):
                 return

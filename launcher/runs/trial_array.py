@@ -22,6 +22,7 @@ from launcher.errors import JobFailedError, LauncherError, RecipeError, Temporar
 from launcher.facts.command import run_slurm
 from launcher.runs.adoption import has_settled, ledger, open_submission
 from launcher.runs.folder import RunFolder, write_atomic
+from launcher.runs.lock import renew
 from launcher.runs.request import INDEX, JobRequest
 from launcher.runs.resume import Resumed, resume
 from launcher.runs.sbatch import setup_lines
@@ -80,6 +81,7 @@ def advance_on_cluster(trial: Trial, say: Say, *, by_hand: bool, wait: bool) -> 
         if sent or not waited:
             say(f"waiting for {len(standing.todo)} runs of rung {standing.rung + 1}")
         waited = True
+        renew(trial.folder)
         time.sleep(_POLL_S)
     return standing
 

@@ -82,6 +82,36 @@ def test_a_lock_of_another_machine_is_believed_for_a_while(run: RunFolder) -> No
         pass
 
 
+def test_a_lock_that_is_renewed_is_believed_for_as_long_as_it_is(run: RunFolder) -> None:
+    """A trial that waits for days says now and then that it is at work: others must not send its next rung, too."""
+    elsewhere, long_ago = replace(lock._myself("trial").process, host="login2"), time.time() - LONG_AGO_S
+    left_behind(run, process=elsewhere, time_s=long_ago, renewed_s=time.time() - 60)
+    with pytest.raises(ConflictError, match="on login2"), lock.hold(run, "trial"):
+        pytest.fail("taken over from somebody who is at work")
+    left_behind(run, process=elsewhere, time_s=long_ago, renewed_s=long_ago)
+    with lock.hold(run, "trial"):
+        pass
+
+
+def test_only_who_holds_a_lock_renews_it_and_not_all_the_time(run: RunFolder) -> None:
+    """The word is written anew when it is a minute old; a lock of others stays as it is, and so does none."""
+    lock.renew(run)
+    assert not lock.lock_path(run).exists()
+    with lock.hold(run, "trial"):
+        fresh = lock.lock_path(run).read_text()
+        lock.renew(run)
+        assert lock.lock_path(run).read_text() == fresh
+        left_behind(run, token=json.loads(fresh)["token"], time_s=time.time() - LONG_AGO_S)
+        lock.renew(run)
+        held = lock.holder(run)
+        assert held is not None and held.renewed_s is not None and time.time() - held.renewed_s < LONG_AGO_S / 2
+    assert not lock.lock_path(run).exists()
+    left_behind(run, process=ended_process(), time_s=time.time() - LONG_AGO_S)
+    others = lock.lock_path(run).read_text()
+    lock.renew(run)
+    assert lock.lock_path(run).read_text() == others
+
+
 def test_a_lock_of_another_namespace_is_not_judged_by_its_number(run: RunFolder) -> None:
     """A container has its own process numbers: not finding one here proves nothing."""
     left_behind(run, process=ended_process(), namespace="pid:[1]")
