@@ -171,7 +171,11 @@ def _memory(device: Line, host: Line, marks: Sequence[tuple[int, str]]) -> Chart
     """Round ticks are round in the unit of the labels."""
     most = max((value for line in (device, host) for _, value in line.points), default=0.0)
     unit = float(GIB if most >= GIB / 4 else MIB)
-    return chart("memory", "Memory", [device, host], bytes_, from_zero=True, marks=marks, unit=unit)
+    return chart("memory", "Memory", [device, host], _axis_bytes, from_zero=True, marks=marks, unit=unit)
+
+
+def _axis_bytes(value: float) -> str:
+    return bytes_(value) if value else "0"
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
