@@ -69,9 +69,21 @@ def rank_of(run: RunFolder) -> int | None:
     return None
 
 
-def at_work(runs: Mapping[str, RunFolder]) -> list[tuple[RunFolder, int]]:
-    """Runs whose rank lives, with its process number."""
-    return [(run, pid) for run in runs.values() if (pid := rank_of(run)) is not None]
+def at_work(runs: Mapping[str, RunFolder], *, steps: int) -> list[tuple[RunFolder, int]]:
+    """Runs whose rank lives and that have two steps or more before them, with its process number.
+
+    One that is about to pause, or to end, leaves before many a strike has reached it: that would prove nothing.
+    """
+    far = [run for run in runs.values() if trained(run) + 2 <= _leaves_at(run, steps)]
+    return [(run, pid) for run in far if (pid := rank_of(run)) is not None]
+
+
+def _leaves_at(run: RunFolder, steps: int) -> int:
+    """The step after which the run pauses, or the last."""
+    try:
+        return int(json.loads(run.pause.read_text())["after_step"])
+    except (OSError, ValueError):
+        return steps
 
 
 # ---------------------------------------------------------------- the kinds
