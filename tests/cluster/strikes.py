@@ -114,9 +114,19 @@ def _slurmd(target: Target) -> str:
     node = slurm("squeue", "--noheader", f"--jobs={target.task}", "--format=%N").strip()
     if not node.startswith("node"):
         return f"{target.task} had left"
-    dev_cluster("kill-slurmd", node)
+    target.bed.until(lambda: _killed(node), f"slurmd of {node}, which an earlier strike may have let start just now")
     dev_cluster("boot", node)
     return node
+
+
+def _killed(node: str) -> bool:
+    try:
+        dev_cluster("kill-slurmd", node)
+    except RuntimeError as error:
+        if "is not running" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _controller(target: Target) -> str:
