@@ -40,7 +40,7 @@ def merge_whole(adapter: Adapter, base: Path, target: Path, dtype: torch.dtype |
     together = with_adapter(model, adapter.folder)
     expected = probe(together)
     layers = sum(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in together.modules())
-    merged = _merged(together, adapter.folder)
+    merged = _merged(together, adapter)
     written = dtype or written_dtype(base)
     found = probe(merged.to(written).float())
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
@@ -55,14 +55,27 @@ def merge_whole(adapter: Adapter, base: Path, target: Path, dtype: torch.dtype |
     return layers, {"compared": "logits", "difference": difference, "limit": limit, "dtype": name}
 
 
-def _merged(together: Any, folder: Path) -> Any:
+def _merged(together: Any, adapter: Adapter) -> Any:
     """PEFT's merge.
 
     Raises:
-        RecipeError: it has none for this adapter.
+        RecipeError: it has none for this adapter, by what PEFT says. Anything else (too little memory, a bug) is not
+            the adapter's fault and is raised as it is.
     """
+    if not isinstance(together.base_model, peft.tuners.tuners_utils.BaseTuner):
+        kind = adapter.config.get("peft_type")
+        raise RecipeError(f"{adapter.folder}: {kind}: virtual tokens are no weights; serve the adapter on its base")
     try:
         return together.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        if not (isinstance(error, NotImplementedError | ValueError) or _raises_runtime_errors(adapter)):
+            raise
         reason = " ".join(str(error).split())
-        raise RecipeError(f"{folder}: PEFT does not merge it ({reason}); serve the adapter on its base") from error
+        raise RecipeError(f"{adapter.folder}: PEFT does not merge it ({reason}); serve it on its base") from error
+
+
+def _raises_runtime_errors(adapter: Adapter) -> bool:
+    """Kinds that PEFT refuses with a plain RuntimeError, as torch does when memory ends: a bias of the factors where
+    the layer has none, and routers of several adapters.
+    """
+    return bool(adapter.config.get("lora_bias") or adapter.config.get("arrow_config"))

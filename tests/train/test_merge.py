@@ -249,6 +249,32 @@ def test_more_than_factors_is_merged_whole(settings, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_peft_does_not_merge_is_refused_in_its_words(tmp_path):
+    """A bias of the factors has nowhere to go where the layer has none: exit 2, with the way that is left."""
+    base = random_base(tmp_path / "base", "llama")
+    adapter = of_peft(base, tmp_path / "adapter", lora_bias=True)
+    request = {"adapter": str(adapter), "base": str(base), "target": str(tmp_path / "merged"), "trust_base": True}
+    with pytest.raises(RecipeError, match=r"PEFT does not merge it \(.*lora_bias.*serve it on its base"):
+        merge(request | {"whole": True})
+    assert not (tmp_path / "merged").exists()
+
+
+def test_too_little_memory_is_not_the_adapters_fault(tmp_path, monkeypatch):
+    """torch says it with a plain RuntimeError, too: it is raised as it is."""
+    base = random_base(tmp_path / "base", "llama", attention_bias=True)
+    adapter = of_peft(base, tmp_path / "adapter", bias="lora_only")
+    request = {"adapter": str(adapter), "base": str(base), "target": str(tmp_path / "merged"), "trust_base": True}
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", no_memory, raising=False)
+    monkeypatch.setattr("peft.tuners.tuners_utils.BaseTuner.merge_and_unload", no_memory)
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        merge(request | {"whole": True})
+    assert not isinstance(caught.value, RecipeError)
+
+
 def test_a_target_that_cannot_be_written_is_an_error_of_the_place(adapted, tmp_path):
     """A file where a folder would have to be: exit 5 with its name, and no folder that was made on the way."""
     (tmp_path / "file").write_text("")
